@@ -1,0 +1,96 @@
+"""nblens: a large language model made visible and steerable from a notebook.
+
+>>> import nblens
+>>> session = nblens.load()                                   # the built-in model
+>>> session.lens("The capital of France is").plot()           # doctest: +SKIP
+
+In Jupyter: ``%load_ext nblens``, then ``%load_sharded``, ``%%lens``, ``%steer``, ``%%generate``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nblens.errors import (
+    DeviceMemoryError,
+    FileFormatError,
+    Interrupted,
+    NblensError,
+    NoModelError,
+    UnsupportedModelError,
+    UserError,
+    VectorMismatchError,
+    WorkerError,
+)
+
+if TYPE_CHECKING:
+    from nblens.lens.trajectory import Comparison, Trajectory, TrajectoryDiff
+    from nblens.loading import attach, current, load
+    from nblens.results import Generation
+    from nblens.session import Session
+    from nblens.specs import Steer
+    from nblens.steering.vectors import SteeringVector
+
+__version__ = "0.1.0"
+
+# Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
+_LAZY = {
+    "Comparison": "nblens.lens.trajectory",
+    "Generation": "nblens.results",
+    "Session": "nblens.session",
+    "Steer": "nblens.specs",
+    "SteeringVector": "nblens.steering.vectors",
+    "Trajectory": "nblens.lens.trajectory",
+    "TrajectoryDiff": "nblens.lens.trajectory",
+    "attach": "nblens.loading",
+    "current": "nblens.loading",
+    "load": "nblens.loading",
+}
+
+__all__ = [
+    "Comparison",
+    "DeviceMemoryError",
+    "FileFormatError",
+    "Generation",
+    "Interrupted",
+    "NblensError",
+    "NoModelError",
+    "Session",
+    "Steer",
+    "SteeringVector",
+    "Trajectory",
+    "TrajectoryDiff",
+    "UnsupportedModelError",
+    "UserError",
+    "VectorMismatchError",
+    "WorkerError",
+    "attach",
+    "current",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'nblens' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Register the magics: what ``%load_ext nblens`` calls."""
+    from nblens.jupyter.magics import load_ipython_extension
+
+    load_ipython_extension(ipython)
+
+
+def unload_ipython_extension(ipython: Any) -> None:
+    """Remove the magics and free the model: what ``%unload_ext nblens`` calls."""
+    from nblens.jupyter.magics import unload_ipython_extension
+
+    unload_ipython_extension(ipython)

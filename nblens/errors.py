@@ -1,0 +1,79 @@
+"""Everything that nblens raises.
+
+::
+
+    NblensError
+    ├── UserError (also ValueError)      a mistake in what was asked; one line, says what would do
+    │   ├── NoModelError                 no model is loaded
+    │   ├── VectorMismatchError          a steering vector made for another model
+    │   └── FileFormatError              a damaged, foreign or hostile file
+    ├── UnsupportedModelError            a part could not be found, or the readout is not the model's own
+    ├── DeviceMemoryError (also MemoryError)   out of memory even with the smallest chunk
+    └── WorkerError                      the thread that runs the model died
+
+    Interrupted (KeyboardInterrupt)      a run was stopped; `.partial` holds what it had produced
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "DeviceMemoryError",
+    "FileFormatError",
+    "Interrupted",
+    "NblensError",
+    "NoModelError",
+    "UnsupportedModelError",
+    "UserError",
+    "VectorMismatchError",
+    "WorkerError",
+]
+
+
+class NblensError(Exception):
+    """Base of every error that nblens raises on purpose."""
+
+
+class UserError(NblensError, ValueError):
+    """A mistake in what was asked for: the message names the value and what would do."""
+
+
+class NoModelError(UserError):
+    """No model is loaded in this session."""
+
+
+class VectorMismatchError(UserError):
+    """A steering vector that does not belong to the loaded model."""
+
+
+class FileFormatError(UserError):
+    """A file that is damaged, not ours, or not safe to read."""
+
+
+class UnsupportedModelError(NblensError):
+    """A model whose parts could not be found, or whose readout was disproved."""
+
+
+class DeviceMemoryError(NblensError, MemoryError):
+    """Device memory ran out even with the smallest chunk; the model stays usable."""
+
+
+class WorkerError(NblensError):
+    """The thread or process that runs the model died; load the model again."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was interrupted.
+
+    It is a `KeyboardInterrupt`, so that a loop over prompts stops too.
+
+    Attributes
+    ----------
+    partial
+        The result up to the interruption (what the call would have returned), or None.
+    """
+
+    def __init__(self, message: str, partial: Any = None) -> None:
+        super().__init__(message)
+        self.partial = partial

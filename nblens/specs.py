@@ -1,0 +1,224 @@
+"""What crosses from the notebook to the model: requests, and the events of a run.
+
+Plain frozen values that pickle. A closure or a module never crosses, so the same request works in this
+process and in a worker on another machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nblens.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "LENS_METRICS",
+    "WRITE_POSITIONS",
+    "ActivationSlice",
+    "CaptureSpec",
+    "Event",
+    "ExtractionFinished",
+    "ExtractionSpec",
+    "GenerationSpec",
+    "LensSpec",
+    "ReadoutSlice",
+    "RunFinished",
+    "RunSpec",
+    "Steer",
+    "SteeringWrite",
+    "TokensSampled",
+]
+
+WRITE_POSITIONS = ("all", "prompt", "generated", "last")
+"""Where a vector is added: every token, the prompt's, the generated ones, or the prompt's last token."""
+
+LENS_METRICS = ("entropy", "kl")
+"""What a lens can compute beside the top tokens and the token that follows."""
+
+
+@dataclass(frozen=True)
+class Steer:
+    """One steering vector at work: which, how strongly, where.
+
+    >>> Steer("cheerful", 1.5)
+    Steer(name='cheerful', coefficient=1.5, layers=None, write='all', op='add')
+
+    Parameters
+    ----------
+    name : str
+        A name in `session.vectors`.
+    coefficient : float
+        The strength λ multiplied onto the vector; negative values push the other way.
+    layers : int, slice, str or sequence of int, optional
+        Blocks to write at. None: the vector's own choice.
+    write : {"all", "prompt", "generated", "last"}
+        Token positions to write at.
+    op : {"add"}
+        What is done with the vector.
+
+    Raises
+    ------
+    UserError
+        The coefficient is not finite, or `write` or `op` is unknown.
+    """
+
+    name: str
+    coefficient: float = 1.0
+    layers: Any = None
+    write: str = "all"
+    op: str = "add"
+
+    def __post_init__(self) -> None:
+        check_coefficient(self.name, self.coefficient)
+        if self.write not in WRITE_POSITIONS:
+            raise UserError(f"write position {self.write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}")
+        if self.op != "add":
+            raise UserError(f"steering operation {self.op!r} is unknown; one of add")
+
+
+def check_coefficient(name: str, coefficient: float) -> float:
+    """Return the coefficient as a float, or raise `UserError` when it is not a finite number."""
+    try:
+        value = float(coefficient)
+    except (TypeError, ValueError):
+        raise UserError(f"coefficient of {name!r} must be a number, got {coefficient!r}") from None
+    if not math.isfinite(value):
+        raise UserError(f"coefficient of {name!r} must be finite, got {value}")
+    return value
+
+
+@dataclass(frozen=True)
+class SteeringWrite:
+    """A `Steer` resolved against the model: directions by block, and a coefficient for each row."""
+
+    name: str
+    site: str
+    directions: Mapping[int, np.ndarray]
+    """block → float32 (d_model,)"""
+    coefficients: tuple[float, ...]
+    """one per row of the batch"""
+    write: str = "all"
+
+
+@dataclass(frozen=True)
+class LensSpec:
+    """What the lens reads at every token."""
+
+    blocks: tuple[int, ...]
+    sites: tuple[str, ...] = ("resid_post",)
+    top_k: int = 5
+    target_ids: tuple[int, ...] = ()
+    lens: str = "logit"
+    metrics: tuple[str, ...] = LENS_METRICS
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """Which raw activations are kept."""
+
+    blocks: tuple[int, ...]
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    """How text is continued.
+
+    `options` are further fields of transformers' `GenerationConfig` (`top_p`, `repetition_penalty`,
+    `stop_strings`, …). Each row draws from a generator of its own, so that its text does not depend on the rows
+    beside it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seeds: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: a batch of prompts through the model once, read, kept, steered and continued as asked."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    lens: LensSpec | None = None
+    capture: CaptureSpec | None = None
+    generation: GenerationSpec | None = None
+    steering: tuple[SteeringWrite, ...] = ()
+    chunk: int | None = None
+    """prompt tokens per step over all rows; None: chosen from the model's size"""
+    watched: bool = False
+    """somebody is looking: read out decoded tokens every 100 ms instead of every 64 steps"""
+
+
+@dataclass(frozen=True)
+class ExtractionSpec:
+    """Contrast pairs to turn into a direction per block."""
+
+    positive: tuple[tuple[int, ...], ...]
+    negative: tuple[tuple[int, ...], ...]
+    site: str = "resid_post"
+    method: str = "mean_diff"
+    read: str | int = "last"
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class ReadoutSlice:
+    """What the lens read for consecutive tokens of one row at one site."""
+
+    row: int
+    site: str
+    start: int
+    """absolute position of the first token"""
+    arrays: Mapping[str, np.ndarray]
+    """field of `Trajectory` → (n_layers, n, …)"""
+
+
+@dataclass(frozen=True)
+class ActivationSlice:
+    """Raw activations of consecutive tokens of one row at one site."""
+
+    row: int
+    site: str
+    start: int
+    values: torch.Tensor
+    """(n_layers, n, d_model), on the CPU, in the model's dtype"""
+
+
+@dataclass(frozen=True)
+class TokensSampled:
+    """One decoding step: the new token of every row, None for a row that had ended."""
+
+    step: int
+    token_ids: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """The last event of a run."""
+
+    cancelled: bool
+    timings: Mapping[str, float]
+    """seconds per phase: prefill, decode, readout; forward_tokens: columns × steps that went through the model"""
+
+
+@dataclass(frozen=True)
+class ExtractionFinished:
+    """The last event of an extraction."""
+
+    directions: np.ndarray
+    """float32 (n_blocks, d_model)"""
+    separation: np.ndarray
+    """float32 (n_blocks,): d′ of held-back pairs"""
+    data_hash: str
+    cancelled: bool
+
+
+Event = ReadoutSlice | ActivationSlice | TokensSampled | RunFinished | ExtractionFinished
