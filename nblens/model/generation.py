@@ -1,0 +1,262 @@
+"""The stepping loop: a batch of prompts through the model over one KV cache, step by step.
+
+Prefill goes in steps of `width` columns, decoding in steps of one. Before each step the observer may change what
+it likes (steering coefficients) or stop the run; after each step it sees what was fed and what follows. The
+options of generation are transformers' own: `generate_text` hands the loop to `generate(custom_generate=…)`, which
+prepares logits processors, stopping criteria and the KV cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from nblens.errors import UserError
+from nblens.specs import GenerationSpec
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig, PreTrainedModel
+
+__all__ = ["Batch", "Observer", "Step", "SteppingLoop", "generate_text"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, padded on the left to one width."""
+
+    input_ids: torch.Tensor
+    """int64 (rows, width)"""
+    mask: torch.Tensor
+    """int64 (rows, width): 1 for a token, 0 for padding"""
+    lengths: tuple[int, ...]
+    """tokens of each row"""
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
+        """Pad prompts on the left."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        return cls(ids, mask, tuple(map(len, prompts)))
+
+    @property
+    def rows(self) -> int:
+        """Number of prompts."""
+        return self.input_ids.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Length of the longest prompt."""
+        return self.input_ids.shape[1]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass: `width` columns of every row."""
+
+    phase: Literal["prompt", "generated"]
+    start: int
+    """first column, counted from the left edge of the padded batch"""
+    width: int
+    positions: torch.Tensor
+    """int64 (rows, width) on the CPU: absolute position in its row, 0 at the row's first real token, -1 for padding
+    and for rows that had ended"""
+    next_ids: torch.Tensor
+    """int64 (rows, width) on the CPU: the token that follows each, -1 where there is none"""
+
+
+class Observer(Protocol):
+    """Who watches and steers a run."""
+
+    def before(self, phase: Literal["prompt", "generated"], columns: range, batch: Batch) -> bool:
+        """Say whether the run goes on; called before every forward pass, with the columns it will feed."""
+
+    def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
+        """See a finished step; `sampled` holds the new token of every row where the step was followed by sampling."""
+
+
+class SteppingLoop:
+    """Feeds one batch; not reusable.
+
+    Positions are absolute, computed from the mask, and passed to every model that takes them, so that they stay
+    right through chunked prefill, left padding and the KV cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Batch, observer: Observer, *, width: int) -> None:
+        self._model, self._batch, self._observer = model, batch, observer
+        self._width = max(1, width)
+        self._takes = set(inspect.signature(model.forward).parameters)
+        self._first = batch.width - torch.tensor(batch.lengths)  # (rows,) column of each row's first token
+        self._mask = batch.mask
+
+    @torch.no_grad()
+    def prefill(self, cache: Cache) -> bool:
+        """Feed the prompts without sampling; False when the observer stopped the run."""
+        for columns in self._chunks():
+            if self._feed("prompt", columns, cache, keep_logits=False) is None:
+                return False
+            self._observer.after(self._step("prompt", columns, self._following(columns)), None)
+        return True
+
+    @torch.no_grad()
+    def generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        past_key_values: Cache,
+        generators: list[torch.Generator] | None = None,
+        **unused: Any,
+    ) -> torch.Tensor:
+        """Prefill and decode, in the form that `generate(custom_generate=…)` calls.
+
+        Returns
+        -------
+        torch.Tensor
+            int64 (rows, width + generated): prompts and what was sampled.
+        """
+        *body, last = self._chunks()
+        for columns in body:
+            if self._feed("prompt", columns, past_key_values, keep_logits=False) is None:
+                return input_ids
+            self._observer.after(self._step("prompt", columns, self._following(columns)), None)
+        phase, columns = "prompt", last
+        unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
+        while (logits := self._feed(phase, columns, past_key_values, input_ids, keep_logits=True)) is not None:
+            scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
+            sampled = _sample(scores, generators)
+            fed = unfinished
+            sampled = torch.where(fed, sampled, generation_config.pad_token_id)
+            input_ids = torch.cat([input_ids, sampled[:, None].to(input_ids.device)], 1)
+            following = torch.where(fed, sampled, -1)[:, None]
+            if phase == "prompt":
+                following = torch.cat([self._following(columns)[:, :-1], following], 1)
+            self._observer.after(
+                self._step(phase, columns, following, fed),
+                [token if alive else None for token, alive in zip(sampled.tolist(), fed.tolist(), strict=True)],
+            )
+            unfinished = fed & ~stopping_criteria(input_ids, scores).cpu()
+            if not unfinished.any():
+                break
+            phase, columns = "generated", range(input_ids.shape[1] - 1, input_ids.shape[1])
+        return input_ids
+
+    def _chunks(self) -> list[range]:
+        width = self._batch.width
+        return [range(start, min(start + self._width, width)) for start in range(0, width, self._width)]
+
+    def _feed(
+        self,
+        phase: Literal["prompt", "generated"],
+        columns: range,
+        cache: Cache,
+        input_ids: torch.Tensor | None = None,
+        *,
+        keep_logits: bool,
+    ) -> torch.Tensor | None:
+        """One forward pass; logits of the last column, (rows, vocab_size), or of none. None: stopped."""
+        if not self._observer.before(phase, columns, self._batch):
+            return None
+        ids = self._batch.input_ids if input_ids is None else input_ids
+        ids = ids[:, columns.start : columns.stop]
+        if self._mask.shape[1] < columns.stop:
+            new = columns.stop - self._mask.shape[1]
+            self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch.rows, new)], 1)
+        arguments: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": self._mask[:, : columns.stop],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if "position_ids" in self._takes:
+            arguments["position_ids"] = self._positions(columns).clamp(min=0).to(ids.device)
+        if "logits_to_keep" in self._takes:
+            # A lens reads prompt logits itself; the model projects the last column, or nothing at all
+            arguments["logits_to_keep"] = 1 if keep_logits else ids.new_empty(0)
+        logits = self._model(**arguments).logits
+        return logits[:, -1] if keep_logits else logits[:, :0]
+
+    def _positions(self, columns: range) -> torch.Tensor:
+        return torch.arange(columns.start, columns.stop) - self._first[:, None]
+
+    def _following(self, columns: range) -> torch.Tensor:
+        """The prompt token after each column, -1 after the prompt's last."""
+        following = self._batch.input_ids[:, columns.start + 1 : columns.stop + 1].cpu()
+        missing = len(columns) - following.shape[1]
+        return torch.cat([following, following.new_full((self._batch.rows, missing), -1)], 1)
+
+    def _step(self, phase: Any, columns: range, following: torch.Tensor, fed: torch.Tensor | None = None) -> Step:
+        positions = self._positions(columns).clamp(min=-1)
+        if fed is not None:
+            positions = torch.where(fed[:, None], positions, -1)
+        return Step(phase, columns.start, len(columns), positions, following)
+
+
+def generate_text(
+    model: PreTrainedModel, batch: Batch, loop: SteppingLoop, spec: GenerationSpec, pad_id: int
+) -> torch.Tensor:
+    """Run the loop under transformers' `generate`, with every option of `GenerationConfig`.
+
+    Raises
+    ------
+    UserError
+        An option is unknown or out of range, or asks for beam search.
+    """
+    config = _generation_config(model, spec, pad_id)
+    generators = None
+    if config.do_sample:
+        generators = [torch.Generator().manual_seed(seed) for seed in spec.seeds]
+    try:
+        return model.generate(
+            batch.input_ids,
+            attention_mask=batch.mask,
+            generation_config=config,
+            custom_generate=loop.generate,
+            generators=generators,
+        )
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"generation options: {error}") from error
+
+
+def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int) -> GenerationConfig:
+    """The checkpoint's special tokens; sampling as asked, not as the checkpoint recommends."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    known = set(GenerationConfig().to_dict())
+    if unknown := sorted(set(spec.options) - known):
+        raise UserError(f"generation option {unknown[0]!r} is unknown to transformers' GenerationConfig")
+    if spec.options.get("num_beams", 1) not in (None, 1):
+        raise UserError("beam search is not supported: beams reorder the rows that lens and steering follow")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if spec.temperature > 0:
+        sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}
+    settings = {
+        "max_new_tokens": spec.max_new_tokens,
+        "bos_token_id": own.bos_token_id,
+        "eos_token_id": own.eos_token_id,
+        "pad_token_id": pad_id,
+        **sampling,
+        **spec.options,
+    }
+    try:
+        return GenerationConfig(**settings)
+    except ValueError as error:
+        raise UserError(f"generation options: {error}") from error
+
+
+def _sample(scores: torch.Tensor, generators: list[torch.Generator] | None) -> torch.Tensor:
+    """One token a row, (rows,), on the CPU: the best, or drawn with the row's own generator."""
+    if generators is None:
+        return scores.argmax(-1).cpu()
+    probabilities = scores.softmax(-1).cpu()
+    drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+    return torch.cat(drawn)

@@ -1,0 +1,150 @@
+"""Prompts → token ids, and token ids → the text that a person sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nblens.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TokenTexts", "as_prompts", "encode", "single_token"]
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
+    """Sort out what was given: (prompts, whether it was a single one).
+
+    A string or a sequence of ints is one prompt; a sequence of those is several.
+
+    Raises
+    ------
+    UserError
+        It is none of these, or empty.
+    """
+    if isinstance(prompt, str):
+        return [prompt], True
+    if hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence):
+        raise UserError(f"a prompt is text, token ids, or a list of these; got {type(prompt).__name__}")
+    if all(isinstance(item, int) for item in prompt):
+        return [list(prompt)], True
+    prompts = [item if isinstance(item, str) else list(item) for item in prompt]
+    if any(not isinstance(i, int) for p in prompts if not isinstance(p, str) for i in p):
+        raise UserError("a prompt is text, token ids, or a list of these; got a deeper list")
+    return prompts, False
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[int],
+    *,
+    chat: bool,
+    vocab_size: int,
+    room: int | None,
+) -> tuple[int, ...]:
+    """Token ids of one prompt, with the special tokens that the tokenizer adds.
+
+    Parameters
+    ----------
+    chat : bool
+        Send the text as a user's turn through the tokenizer's chat template.
+    vocab_size : int
+        Ids must be below it.
+    room : int, optional
+        Longest prompt that fits the context.
+
+    Raises
+    ------
+    UserError
+        The prompt is empty, too long, holds unknown ids, or there is no chat template.
+    """
+    if isinstance(prompt, list):
+        ids = prompt
+    elif chat:
+        ids = _encode_chat(tokenizer, prompt)
+    elif not prompt:
+        raise UserError("the prompt is empty")
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty")
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+        raise UserError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
+    if room is not None and len(ids) > room:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, {room} fit the model's context beside what is to be generated"
+        )
+    return tuple(ids)
+
+
+def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError("this model's tokenizer has no chat template; leave chat out")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int) -> int:
+    """The id of a target given as an id or as text that is one token.
+
+    Text is tried as given, then with a leading space, the form in which words stand inside a sentence.
+
+    Raises
+    ------
+    UserError
+        The text is several tokens either way, or the id is out of range.
+    """
+    if isinstance(text, int):
+        if not 0 <= text < vocab_size:
+            raise UserError(f"target id {text} is outside the vocabulary of {vocab_size}")
+        return text
+    pieces: list[int] = []
+    for candidate in (text, f" {text}"):
+        pieces = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+        if len(pieces) == 1:
+            return pieces[0]
+    shown = " + ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(pieces))
+    raise UserError(f"target {text!r} is {len(pieces)} tokens ({shown}), a target is one; give one of them or its id")
+
+
+class TokenTexts:
+    """The text of single tokens, as they stand inside a sentence (with their leading space).
+
+    A tokenizer's `decode` of one id drops the space that SentencePiece puts at a text's start, so each is decoded
+    behind an anchor token. A token that holds part of a character shows as its vocabulary entry.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+        self._anchor = self._find_anchor()
+
+    def __call__(self, token_id: int) -> str:
+        """Text of one token."""
+        if token_id not in self._known:
+            self._known[token_id] = self._text(token_id)
+        return self._known[token_id]
+
+    def all(self, token_ids: Iterable[int]) -> tuple[str, ...]:
+        """Texts of several tokens."""
+        return tuple(self(int(token_id)) for token_id in token_ids)
+
+    def _find_anchor(self) -> tuple[list[int], str]:
+        ids = self._tokenizer("a", add_special_tokens=False)["input_ids"]
+        return ids, self._decode(ids)
+
+    def _text(self, token_id: int) -> str:
+        ids, prefix = self._anchor
+        whole = self._decode([*ids, token_id])
+        text = whole.removeprefix(prefix) if whole.startswith(prefix) else self._decode([token_id])
+        if not text or _REPLACEMENT in text:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"⟨{token_id}⟩")
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
