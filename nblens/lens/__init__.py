@@ -1,0 +1,1 @@
+"""Reading a run: trajectories, and (later) translators in front of the readout."""

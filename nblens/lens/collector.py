@@ -1,0 +1,90 @@
+"""`TrajectoryCollector`: slices of a run → a `Trajectory` per row and site."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from nblens.lens.trajectory import Trajectory
+from nblens.specs import LensSpec, ReadoutSlice, RunSpec, TokensSampled
+
+__all__ = ["TrajectoryCollector"]
+
+
+class TrajectoryCollector:
+    """Takes in the events of a run; a trajectory can be built at any time, also of an unfinished run.
+
+    Slices are placed by their position: one that comes twice, after a restart with a smaller chunk, replaces itself.
+    """
+
+    def __init__(self, spec: RunSpec, n_blocks: int, model: str, text_of: Callable[[int], str]) -> None:
+        self._spec, self._n_blocks, self._model, self._text_of = spec, n_blocks, model, text_of
+        self._slices: dict[tuple[int, str], dict[int, ReadoutSlice]] = defaultdict(dict)
+        self.sampled: list[list[int]] = [[] for _ in spec.prompts]
+        """new tokens of each row"""
+
+    def add(self, event: object) -> None:
+        """Take in one event; those that carry no readout and no token are ignored."""
+        if isinstance(event, ReadoutSlice):
+            self._slices[event.row, event.site][event.start] = event
+        elif isinstance(event, TokensSampled):
+            for row, token in zip(self.sampled, event.token_ids, strict=True):
+                if token is not None:
+                    row.append(token)
+
+    def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
+        """What has been read so far of one row at one site."""
+        lens: LensSpec = self._spec.lens
+        arrays = self._arrays(row, site, lens)
+        n_tokens = arrays["top_ids"].shape[1]
+        sequence = np.asarray([*self._spec.prompts[row], *self.sampled[row]], dtype=np.int32)
+        next_ids = np.full(n_tokens, -1, dtype=np.int32)
+        following = sequence[1 : n_tokens + 1]
+        next_ids[: len(following)] = following
+        token_ids = sequence[:n_tokens]
+        occurring = {
+            *token_ids.tolist(),
+            *next_ids.tolist(),
+            *lens.target_ids,
+            *arrays["top_ids"].ravel().tolist(),
+        }
+        vocabulary = {i: self._text_of(i) for i in sorted(occurring) if i >= 0}
+        return Trajectory(
+            tokens=tuple(vocabulary[i] for i in token_ids.tolist()),
+            token_ids=token_ids,
+            layers=lens.blocks,
+            site=site,
+            next_ids=next_ids,
+            target_ids=np.asarray(lens.target_ids, dtype=np.int32),
+            vocabulary=vocabulary,
+            prompt_length=min(len(self._spec.prompts[row]), n_tokens),
+            n_blocks=self._n_blocks,
+            model=self._model,
+            lens=lens.lens,
+            timings=dict(timings or {}),
+            **arrays,
+        )
+
+    def _arrays(self, row: int, site: str, lens: LensSpec) -> dict[str, np.ndarray]:
+        parts, expected = [], 0
+        while piece := self._slices[row, site].get(expected):
+            parts.append(piece.arrays)
+            expected += piece.arrays["top_ids"].shape[1]
+        parts = parts or [_no_tokens(lens)]
+        return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def _no_tokens(lens: LensSpec) -> dict[str, np.ndarray]:
+    cells, n_targets = (len(lens.blocks), 0), len(lens.target_ids)
+    return {
+        "top_ids": np.zeros((*cells, lens.top_k), np.int32),
+        "top_logprobs": np.zeros((*cells, lens.top_k), np.float32),
+        "entropy": np.zeros(cells, np.float32),
+        "kl_to_final": np.zeros(cells, np.float32),
+        "next_logprob": np.zeros(cells, np.float32),
+        "next_rank": np.zeros(cells, np.int32),
+        "target_logprobs": np.zeros((*cells, n_targets), np.float32),
+        "target_ranks": np.zeros((*cells, n_targets), np.int32),
+    }

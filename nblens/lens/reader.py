@@ -1,0 +1,94 @@
+"""`LensReader`: captured activations → slices of a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nblens.model.architecture import Architecture
+from nblens.model.capture import RowSpan
+from nblens.model.readout import Readout, ReadoutResult
+from nblens.specs import LensSpec, ReadoutSlice
+
+__all__ = ["LensReader"]
+
+
+@dataclass(frozen=True)
+class LensReader:
+    """Reads what a buffer captured, as a `LensSpec` asks.
+
+    The last block's `resid_post` is captured beside the asked-for blocks when KL is wanted: every other readout is
+    compared with it.
+    """
+
+    architecture: Architecture
+    readout: Readout
+    spec: LensSpec
+
+    @property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Blocks to capture at each site."""
+        places = dict.fromkeys(self.spec.sites, self.spec.blocks)
+        if "kl" in self.spec.metrics:
+            last = self.architecture.n_blocks - 1
+            places["resid_post"] = tuple(sorted({*places.get("resid_post", ()), last}))
+        return places
+
+    def read(
+        self,
+        captured: dict[str, torch.Tensor],
+        spans: Sequence[RowSpan],
+        emit: Callable[[ReadoutSlice], None],
+    ) -> None:
+        """Read out everything captured and emit a slice per row and site; overwrites `captured`."""
+        # resid_post last: its last block, which the others are compared with, is overwritten when read
+        for site in sorted(self.spec.sites, key=lambda name: name == "resid_post"):
+            result, slots = self._read_site(site, captured, spans)
+            for span in spans:
+                emit(ReadoutSlice(span.row, site, span.start, self._arrays(result, slots, span.place)))
+
+    def _read_site(
+        self, site: str, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]
+    ) -> tuple[ReadoutResult, list[int]]:
+        hidden, final = captured[site], None
+        blocks = self.places[site]
+        if "kl" in self.spec.metrics:
+            if site != "resid_post":
+                hidden = torch.cat([hidden, captured["resid_post"][-1:]])
+            final = len(hidden) - 1
+        result = self.readout.read(
+            hidden,
+            top_k=self.spec.top_k,
+            wanted=self._wanted(spans).to(hidden.device),
+            entropy="entropy" in self.spec.metrics,
+            final=final,
+        )
+        return result, [blocks.index(block) for block in self.spec.blocks]
+
+    def _wanted(self, spans: Sequence[RowSpan]) -> torch.Tensor:
+        """Ids asked for at every token: the one that follows, then the targets, (n, 1 + n_targets)."""
+        following = torch.cat([span.next_ids for span in spans])
+        targets = torch.tensor(self.spec.target_ids, dtype=torch.long).expand(len(following), -1)
+        return torch.cat([following[:, None], targets], 1)
+
+    def _arrays(self, result: ReadoutResult, slots: list[int], place: slice) -> dict[str, np.ndarray]:
+        def numpy(values: torch.Tensor | None, dtype: type) -> np.ndarray:
+            if values is None:
+                return np.full((len(slots), place.stop - place.start), np.nan, dtype)
+            return values[slots, place].cpu().numpy().astype(dtype)
+
+        logprobs = numpy(result.wanted_logprobs, np.float32)
+        ranks = numpy(result.wanted_ranks, np.int32)
+        return {
+            "top_ids": numpy(result.top_ids, np.int32),
+            "top_logprobs": numpy(result.top_logprobs, np.float32),
+            "entropy": numpy(result.entropy, np.float32),
+            "kl_to_final": numpy(result.kl_to_final, np.float32),
+            "next_logprob": logprobs[..., 0],
+            "next_rank": ranks[..., 0],
+            "target_logprobs": logprobs[..., 1:],
+            "target_ranks": ranks[..., 1:],
+        }
