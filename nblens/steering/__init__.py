@@ -1,0 +1,1 @@
+"""Directions added to a model's activations: how they are found, kept and applied."""

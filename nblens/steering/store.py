@@ -1,0 +1,128 @@
+"""What steers: the vectors of a session, and the live setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import replace
+
+from nblens.errors import UserError
+from nblens.layers import format_layers, parse_layers
+from nblens.specs import Steer, SteeringWrite, check_coefficient
+from nblens.steering.vectors import SteeringVector
+
+__all__ = ["LiveSteering", "Steering", "VectorStore", "check_name"]
+
+Steering = Mapping[str, float] | Iterable[Steer] | None
+"""None: the live setting; a dict of name → coefficient; or `Steer` values."""
+
+
+class VectorStore(MutableMapping[str, SteeringVector]):
+    """The steering vectors of a session, by name; only those that fit its model."""
+
+    def __init__(self, n_blocks: int, d_model: int) -> None:
+        self._n_blocks, self._d_model = n_blocks, d_model
+        self._vectors: dict[str, SteeringVector] = {}
+
+    def __getitem__(self, name: str) -> SteeringVector:
+        try:
+            return self._vectors[name]
+        except KeyError:
+            known = ", ".join(sorted(self._vectors))
+            hint = f"one of {known}" if known else "there is none yet: make one with %%steer or session.extract"
+            raise UserError(f"steering vector {name!r} is unknown; {hint}") from None
+
+    def __setitem__(self, name: str, vector: SteeringVector) -> None:
+        check_name(name)
+        if not isinstance(vector, SteeringVector):
+            raise UserError(f"{name!r} must be a SteeringVector, got {type(vector).__name__}")
+        vector.check_fits(n_blocks=self._n_blocks, d_model=self._d_model)
+        self._vectors[name] = replace(vector, name=name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._vectors[self[name].name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._vectors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._vectors)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self._vectors.values())) or "no steering vectors"
+
+    def steers(self, steer: Mapping[str, float] | Iterable[Steer]) -> list[Steer]:
+        """Read a setting: unknown names and coefficients that are not finite are refused."""
+        if isinstance(steer, Mapping):
+            return [self._steer(name, coefficient) for name, coefficient in steer.items()]
+        steers = list(steer)
+        for item in steers:
+            if not isinstance(item, Steer):
+                raise UserError(f"steer takes {{name: coefficient}} or nblens.Steer values, got {item!r}")
+            self[item.name]
+        return steers
+
+    def write(self, steer: Steer, coefficients: tuple[float, ...]) -> SteeringWrite:
+        """Resolve a `Steer` to directions by block, with a coefficient for each row."""
+        vector = self[steer.name]
+        blocks = vector.layers if steer.layers is None else parse_layers(steer.layers, self._n_blocks)
+        if missing := [block for block in blocks if block not in vector.directions]:
+            raise UserError(
+                f"steering vector {steer.name!r} has no direction for block {missing[0]}; "
+                f"it has {format_layers(sorted(vector.directions))}"
+            )
+        directions = {block: vector.directions[block] for block in blocks}
+        return SteeringWrite(steer.name, vector.site, directions, coefficients, steer.write)
+
+    def _steer(self, name: str, coefficient: float) -> Steer:
+        return Steer(name, check_coefficient(name, coefficient), write=self[name].write)
+
+
+class LiveSteering:
+    """The live setting: what steers wherever `steer` is not given.
+
+    >>> session.steer({"cheerful": 1.5})       # doctest: +SKIP
+    >>> session.steer.off()                    # doctest: +SKIP
+
+    A change takes effect at the next token of a run in progress.
+
+    Parameters
+    ----------
+    vectors : VectorStore
+        Where names are looked up.
+    send : callable
+        Takes {name: coefficient} to the run in progress.
+    """
+
+    def __init__(self, vectors: VectorStore, send: Callable[[Mapping[str, float]], None]) -> None:
+        self._vectors, self._send = vectors, send
+        self._setting: dict[str, Steer] = {}
+
+    def __call__(self, steer: Mapping[str, float] | Iterable[Steer]) -> None:
+        """Set coefficients; names left out stay as they are. All are checked before any changes."""
+        steers = self._vectors.steers(steer)
+        for item in steers:
+            self._vectors.write(item, (item.coefficient,))
+        self._setting |= {item.name: item for item in steers}
+        self._send({item.name: item.coefficient for item in steers})
+
+    @property
+    def setting(self) -> dict[str, Steer]:
+        """What steers now, by name; vectors that were deleted are gone from it."""
+        return {name: steer for name, steer in self._setting.items() if name in self._vectors}
+
+    def off(self) -> None:
+        """Stop steering; the vectors stay."""
+        self._send(dict.fromkeys(self._setting, 0.0))
+        self._setting.clear()
+
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.setting.values())) or "no steering"
+
+
+def check_name(name: str) -> None:
+    """Raise `UserError` unless the name can stand in `name=1.5`."""
+    if not isinstance(name, str) or not name or not all(c.isalnum() or c in "_-." for c in name):
+        raise UserError(f"a vector's name is letters, digits, '_', '-' or '.'; got {name!r}")
