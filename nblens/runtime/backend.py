@@ -1,0 +1,78 @@
+"""What a session needs of whatever runs its model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self
+
+from nblens.specs import Event, ExtractionSpec, RunSpec
+
+__all__ = ["Backend", "Coefficients", "Control", "EventStream"]
+
+Coefficients = Mapping[str, float | Sequence[float]]
+"""vector → coefficient, for all rows or one per row"""
+
+
+class EventStream(Protocol):
+    """The events of one request; iteration ends after `RunFinished` or `ExtractionFinished`.
+
+    A `KeyboardInterrupt` while waiting leaves the stream usable: cancel, then go on iterating to the end.
+    """
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+
+    def __next__(self) -> Event:
+        """Wait for the next event; raises what the run raised."""
+
+    def cancel(self) -> None:
+        """Ask this request to stop before its next step; what it has read still comes."""
+
+    def steer(self, coefficients: Coefficients) -> None:
+        """Change coefficients of this request before its next step; the latest value of a name wins."""
+
+
+class Backend(Protocol):
+    """Runs requests, one at a time, in the order they came."""
+
+    def stream(self, spec: RunSpec | ExtractionSpec) -> EventStream:
+        """Start a request."""
+
+    def steer(self, coefficients: Coefficients) -> None:
+        """Change coefficients of the run in progress; without one, do nothing."""
+
+    def cancel(self) -> None:
+        """Stop the run in progress; without one, do nothing."""
+
+    def close(self) -> None:
+        """Stop everything and free the model."""
+
+
+class Control:
+    """What reaches a run from outside, read by its loop between two steps."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._coefficients: dict[str, float | Sequence[float]] = {}
+        self._cancelled = threading.Event()
+
+    def steer(self, coefficients: Coefficients) -> None:
+        """Leave coefficients for the next step; the latest value of a name wins."""
+        with self._lock:
+            self._coefficients.update(coefficients)
+
+    def take_coefficients(self) -> dict[str, float | Sequence[float]]:
+        """Empty the mailbox."""
+        with self._lock:
+            taken, self._coefficients = self._coefficients, {}
+        return taken
+
+    def cancel(self) -> None:
+        """Ask the run to stop before its next step."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run was asked to stop."""
+        return self._cancelled.is_set()

@@ -1,0 +1,287 @@
+"""`Engine`: lens, capture, steering and generation composed over one pass of one model."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nblens.errors import DeviceMemoryError
+from nblens.lens.reader import LensReader
+from nblens.model.architecture import find_architecture
+from nblens.model.capture import CaptureBuffer, RowSpan
+from nblens.model.generation import Batch, Step, SteppingLoop, generate_text
+from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.readout import Readout
+from nblens.model.sites import locate
+from nblens.runtime.backend import Control
+from nblens.specs import (
+    ActivationSlice,
+    Event,
+    ExtractionFinished,
+    ExtractionSpec,
+    RunFinished,
+    RunSpec,
+    TokensSampled,
+)
+from nblens.steering.bank import SteeringBank
+from nblens.steering.extraction import (
+    MeanDifference,
+    PositionReader,
+    Separation,
+    data_hash,
+    held_back,
+    read_weights,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Engine"]
+
+_CHUNK = 256  # tokens per prefill step, over all rows
+_DECODE_WINDOW = 64  # decoded tokens that wait for one readout
+_WATCH_SECONDS = 0.1
+
+
+class Engine:
+    """One model on one process, the same class on every rank.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal LM, in evaluation mode.
+    pad_id : int
+        Token that fills shorter rows; masked out everywhere.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
+        self.model = model
+        self.architecture = find_architecture(model)
+        self.readout = Readout(self.architecture)
+        self._pad_id = pad_id
+
+    @torch.no_grad()
+    def run(self, spec: RunSpec | ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
+        """Serve a request; events go to `emit`, the finishing one last.
+
+        When memory runs out during prefill the run starts again with half the chunk.
+
+        Raises
+        ------
+        DeviceMemoryError
+            Not even one token at a time fits, or memory ran out while decoding.
+        """
+        if isinstance(spec, ExtractionSpec):
+            self._extract(spec, emit, control)
+            return
+        batch = self._batch(spec.prompts)
+        chunk = spec.chunk or _CHUNK
+        while True:
+            run = _Run(self, spec, batch, chunk, emit, control)
+            try:
+                run.execute()
+                return
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if run.decoding or chunk <= batch.rows:
+                    raise DeviceMemoryError(
+                        f"out of memory while {'generating' if run.decoding else 'reading the prompt'} "
+                        f"({batch.rows} rows × {batch.width} tokens, {chunk} tokens a step); "
+                        "shorten the prompt, take fewer rows, layers or sites"
+                    ) from error
+            chunk = max(batch.rows, chunk // 2)
+
+    def _extract(self, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
+        """Compute a direction per block in one pass over the texts."""
+        n_pairs, d_model, n_blocks = len(spec.positive), self.architecture.d_model, self.architecture.n_blocks
+        everything, training = MeanDifference(n_blocks, d_model), MeanDifference(n_blocks, d_model)
+        judges = set(held_back(n_pairs))
+        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for start in range(0, n_pairs, spec.batch_size):
+            pairs = range(start, min(start + spec.batch_size, n_pairs))
+            texts = [spec.positive[i] for i in pairs] + [spec.negative[i] for i in pairs]
+            positive, negative = self._read_states(texts, spec, control).chunk(2, dim=1)
+            everything.add(positive, negative)
+            held = [i - start for i in pairs if i in judges]
+            rest = [i - start for i in pairs if i not in judges or len(judges) == n_pairs]
+            training.add(positive[:, rest], negative[:, rest])
+            kept.append((positive[:, held], negative[:, held]))
+        separation = Separation(*(torch.cat(side, 1) for side in zip(*kept, strict=True)))
+        emit(
+            ExtractionFinished(
+                directions=everything.directions(),
+                separation=separation.of(training.directions()),
+                data_hash=data_hash(spec),
+                cancelled=control.cancelled,
+            )
+        )
+
+    def _read_states(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
+        """Activations at the read position, float32 (n_blocks, n_texts, d_model)."""
+        batch = self._batch(texts)
+        reader = PositionReader(self.architecture.n_blocks, read_weights(batch, spec.read), self.architecture.d_model)
+        points = [
+            self._point(spec.site, block, capture=reader.writer(block)) for block in range(self.architecture.n_blocks)
+        ]
+        with Instrumentation(points):
+            loop = SteppingLoop(self.model, batch, _Reading(reader, control), width=max(1, 4 * _CHUNK // batch.rows))
+            loop.prefill(self.new_cache())
+        return reader.states
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
+        return Batch.of(prompts, self._pad_id, self.model.get_input_embeddings().weight.device)
+
+    def new_cache(self):
+        """An empty KV cache of the kind that the model's layers need."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _point(self, site: str, block: int, **what: Callable) -> HookPoint:
+        location = locate(self.architecture, site, block)
+        return HookPoint(location.module, location.end, **what)
+
+    def hook_points(self, bank: SteeringBank, buffer: CaptureBuffer | None, places: dict[str, Sequence[int]]):
+        """One hook per site and block: steering first, then capture."""
+        wanted = {(site, block) for site, blocks in places.items() for block in blocks}
+        return [
+            self._point(
+                site,
+                block,
+                edit=bank.editor(site, block) if (site, block) in bank.places else None,
+                capture=buffer.writer(site, block) if (site, block) in wanted else None,
+            )
+            for site, block in sorted({*wanted, *bank.places})
+        ]
+
+
+class _Reading:
+    """Observer of an extraction: tells the reader which columns come."""
+
+    def __init__(self, reader: PositionReader, control: Control) -> None:
+        self._reader, self._control = reader, control
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        self._reader.begin(columns)
+        return not self._control.cancelled
+
+    def after(self, step: Step, sampled: object) -> None:
+        pass
+
+
+class _Run:
+    """One try at one request: the observer that changes steering, keeps rows and reads them out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: RunSpec,
+        batch: Batch,
+        chunk: int,
+        emit: Callable[[Event], None],
+        control: Control,
+    ) -> None:
+        self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
+        self._width = max(1, chunk // batch.rows)
+        self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
+        self._lens = LensReader(engine.architecture, engine.readout, spec.lens) if spec.lens else None
+        self._places = self._capture_places()
+        self._buffer = self._new_buffer() if self._places else None
+        self._timings: dict[str, float] = defaultdict(float)
+        self._n_sampled = 0
+        self._last_flush = time.perf_counter()
+        self.decoding = False
+
+    def execute(self) -> None:
+        """Attach hooks, run, detach, and report."""
+        began = time.perf_counter()
+        engine, spec = self._engine, self._spec
+        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places)):
+            loop = SteppingLoop(engine.model, self._batch, self, width=self._width)
+            if spec.generation is None:
+                loop.prefill(engine.new_cache())
+            else:
+                generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id)
+            self._flush()
+        self._timings["total"] = time.perf_counter() - began
+        self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        if self._control.cancelled:
+            return False
+        if coefficients := self._control.take_coefficients():
+            self._bank.set(coefficients)
+        self._bank.begin(phase, columns, batch)
+        self.decoding = phase == "generated"
+        self._step_began = time.perf_counter()
+        return True
+
+    def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
+        self._timings["decode" if self.decoding else "prefill"] += time.perf_counter() - self._step_began
+        self._timings["forward_tokens"] += step.width
+        if self._buffer is not None:
+            self._buffer.commit(step)
+        if sampled is not None:
+            self._emit(TokensSampled(self._n_sampled, tuple(sampled)))
+            self._n_sampled += 1
+        if self._is_due(step):
+            self._flush()
+
+    def _is_due(self, step: Step) -> bool:
+        """The next step may be as wide as this one, or a single column when decoding."""
+        if self._buffer is None:
+            return False
+        if step.phase == "prompt" or not self._buffer.has_room_for(self._batch.rows):
+            return True
+        return self._spec.watched and time.perf_counter() - self._last_flush >= _WATCH_SECONDS
+
+    def _flush(self) -> None:
+        """Read out and emit what the buffer holds."""
+        if self._buffer is None:
+            return
+        began = time.perf_counter()
+        captured, spans = self._buffer.drain()
+        if spans:
+            if self._spec.capture:
+                self._emit_activations(captured, spans)
+            if self._lens:
+                self._lens.read(captured, spans, self._emit)
+        self._last_flush = time.perf_counter()
+        self._timings["readout"] += self._last_flush - began
+
+    def _emit_activations(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
+        capture = self._spec.capture
+        for site in capture.sites:
+            slots = [self._places[site].index(block) for block in capture.blocks]
+            for span in spans:
+                values = captured[site][slots, span.place].cpu()
+                self._emit(ActivationSlice(span.row, site, span.start, values))
+
+    def _capture_places(self) -> dict[str, tuple[int, ...]]:
+        """Blocks to keep per site: what the lens needs and what was asked for raw, ascending."""
+        places: dict[str, set[int]] = defaultdict(set)
+        if self._lens:
+            for site, blocks in self._lens.places.items():
+                places[site].update(blocks)
+        if self._spec.capture:
+            for site in self._spec.capture.sites:
+                places[site].update(self._spec.capture.blocks)
+        return {site: tuple(sorted(blocks)) for site, blocks in places.items()}
+
+    def _new_buffer(self) -> CaptureBuffer:
+        rows = self._batch.rows
+        window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens) if self._spec.generation else 0
+        capacity = rows * max(min(self._width, self._batch.width), min(window, max(1, _CHUNK // rows)))
+        device = next(self._engine.architecture.lm_head.parameters()).device
+        if device.type == "meta":
+            device = self._engine.model.device
+        return CaptureBuffer(self._engine.architecture, self._places, capacity, device)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
