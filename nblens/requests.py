@@ -1,0 +1,130 @@
+"""`RequestBuilder`: what a caller asked for, checked against the model and turned into specs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nblens.errors import UserError
+from nblens.layers import parse_layers
+from nblens.model.architecture import Architecture
+from nblens.model.sites import check_site
+from nblens.model.tokens import as_prompts, encode, single_token
+from nblens.specs import CaptureSpec, ExtractionSpec, GenerationSpec, LensSpec
+from nblens.steering.extraction import METHODS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Prompt", "RequestBuilder"]
+
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+"""Text or token ids; a list of these makes one batch."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Turns arguments into specs; every mistake in them is a `UserError`."""
+
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    context: int | None
+    """most tokens that the model takes, None where its config does not say"""
+
+    def prompts(self, prompt: Prompt, *, chat: bool = False, generate: int = 0) -> tuple[tuple[Ids, ...], bool]:
+        """Token ids of each prompt, and whether a single one was given."""
+        prompts, single = as_prompts(prompt)
+        if not prompts:
+            raise UserError("the prompt is empty")
+        if not isinstance(generate, int) or generate < 0:
+            raise UserError(f"the number of tokens to generate must be 0 or more, got {generate!r}")
+        return tuple(self._ids(text, chat=chat, generate=generate) for text in prompts), single
+
+    def one_prompt(self, prompt: Prompt, method: str, *, chat: bool = False, generate: int = 0) -> Ids:
+        """Token ids of a prompt that must be a single one."""
+        prompts, single = self.prompts(prompt, chat=chat, generate=generate)
+        if not single:
+            raise UserError(f"{method} takes one prompt; call it once for each")
+        return prompts[0]
+
+    def lens(
+        self,
+        layers: Any = None,
+        sites: str | Sequence[str] = "resid_post",
+        top_k: int = 5,
+        targets: Sequence[str | int] | str | int | None = None,
+        lens: str = "logit",
+    ) -> LensSpec:
+        """What the lens shall read."""
+        vocab_size = self.architecture.vocab_size
+        if not isinstance(top_k, int) or not 1 <= top_k <= vocab_size:
+            raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
+        if lens != "logit":
+            raise UserError(f"lens {lens!r} is unknown; one of logit")
+        wanted = [targets] if isinstance(targets, (str, int)) else list(targets or ())
+        return LensSpec(
+            blocks=parse_layers(layers, self.architecture.n_blocks),
+            sites=_site_names(sites),
+            top_k=top_k,
+            target_ids=tuple(single_token(self.tokenizer, target, vocab_size) for target in wanted),
+            lens=lens,
+        )
+
+    def lens_from(self, options: Mapping[str, Any] | bool) -> LensSpec:
+        """What the lens shall read, from True or a dict of the arguments of `lens`."""
+        options = {} if options is True else dict(options)
+        known = ("layers", "sites", "top_k", "targets", "lens")
+        if unknown := sorted(set(options) - set(known)):
+            raise UserError(f"lens option {unknown[0]!r} is unknown; one of {', '.join(known)}")
+        return self.lens(**options)
+
+    def capture(self, layers: Any, sites: str | Sequence[str]) -> CaptureSpec:
+        """Which activations shall be kept."""
+        return CaptureSpec(parse_layers(layers, self.architecture.n_blocks), _site_names(sites))
+
+    def generation(
+        self,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int | None,
+        rows: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> GenerationSpec:
+        """How the text shall go on; every row draws from a generator of its own with the same seed."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        if not 0 <= temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+        seed = secrets.randbits(32) if seed is None else seed
+        return GenerationSpec(max_new_tokens, float(temperature), (seed,) * rows, dict(options or {}))
+
+    def extraction(
+        self, pairs: Iterable[tuple[str, str]], *, method: str, site: str, read: str | int, chat: bool
+    ) -> ExtractionSpec:
+        """Contrast pairs as token ids."""
+        if method not in METHODS:
+            raise UserError(f"extraction method {method!r} is unknown; one of {', '.join(METHODS)}")
+        positive, negative = [], []
+        for number, pair in enumerate(pairs, 1):
+            if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
+                raise UserError(f"pair {number} must be (positive text, negative text), got {pair!r}")
+            positive.append(self._ids(pair[0], chat=chat))
+            negative.append(self._ids(pair[1], chat=chat))
+        if not positive:
+            raise UserError("there are no contrast pairs; give (positive text, negative text) tuples")
+        return ExtractionSpec(tuple(positive), tuple(negative), site=check_site(site), method=method, read=read)
+
+    def _ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
+        room = None if self.context is None else max(0, self.context - generate)
+        return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
+
+
+def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:
+    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not names:
+        raise UserError("name at least one site, such as resid_post")
+    return tuple(dict.fromkeys(check_site(name) for name in names))

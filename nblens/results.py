@@ -1,0 +1,104 @@
+"""What a run gives back: generated text, and the gathering of a run's events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nblens.lens.collector import TrajectoryCollector
+from nblens.lens.trajectory import Trajectory
+from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec
+
+__all__ = ["Generation", "RunResult"]
+
+
+@dataclass(frozen=True, repr=False)
+class Generation:
+    """Generated text."""
+
+    text: str
+    """the new tokens only"""
+    prompt: str
+    token_ids: tuple[int, ...]
+    """the new tokens, end-of-text included where it came"""
+    trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
+    """what the lens read, by site; empty where it was not asked for"""
+    steer: Mapping[str, float] = field(default_factory=dict)
+    """coefficients it was started with"""
+    coefficient: float | None = None
+    """in a sweep: the coefficient of the swept vector"""
+    interrupted: bool = False
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """seconds per phase"""
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        """What the lens read at the first of its sites; None where it was not asked for."""
+        return next(iter(self.trajectories.values()), None)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of the whole run, prefill and readout included; NaN for an unfinished one."""
+        return len(self.token_ids) / self.timings["total"] if self.timings.get("total") else float("nan")
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text!r})"
+
+
+class RunResult:
+    """Gathers the events of a run; can be read at any time, also of an unfinished run."""
+
+    def __init__(self, spec: RunSpec, n_blocks: int, model: str, text_of: Callable[[int], str]) -> None:
+        self.spec = spec
+        self.finished: RunFinished | None = None
+        self._collector = TrajectoryCollector(spec, n_blocks, model, text_of)
+        self._activations: list[ActivationSlice] = []
+
+    def add(self, event: Event) -> None:
+        """Take in one event."""
+        self._collector.add(event)
+        if isinstance(event, ActivationSlice):
+            self._activations.append(event)
+        elif isinstance(event, RunFinished):
+            self.finished = event
+
+    @property
+    def rows(self) -> range:
+        """Row numbers of the batch."""
+        return range(len(self.spec.prompts))
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds per phase; empty for an unfinished run."""
+        return dict(self.finished.timings) if self.finished else {}
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run was stopped."""
+        return bool(self.finished and self.finished.cancelled)
+
+    def sampled(self, row: int) -> tuple[int, ...]:
+        """New tokens of a row."""
+        return tuple(self._collector.sampled[row])
+
+    def trajectories(self, row: int) -> dict[str, Trajectory]:
+        """Trajectories of a row by site; empty where the lens was not asked for."""
+        sites: Sequence[str] = self.spec.lens.sites if self.spec.lens else ()
+        return {site: self._collector.trajectory(row, site, self.timings) for site in sites}
+
+    def activations(self, row: int) -> dict[str, torch.Tensor]:
+        """Raw activations of a row by site, (n_layers, n_tokens, d_model)."""
+        sites: Sequence[str] = self.spec.capture.sites if self.spec.capture else ()
+        return {site: torch.cat(list(self._in_order(row, site)), dim=1) for site in sites}
+
+    def _in_order(self, row: int, site: str) -> Iterator[torch.Tensor]:
+        """Slices by position; after a restart with a smaller chunk the later of two that begin alike counts."""
+        slices = {a.start: a.values for a in self._activations if (a.row, a.site) == (row, site)}
+        position = 0
+        while (values := slices.get(position)) is not None:
+            yield values
+            position += values.shape[1]
+        if position == 0:
+            yield torch.empty(len(self.spec.capture.blocks), 0, 0)

@@ -1,0 +1,437 @@
+"""`Session`: one loaded model, and the Python API over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nblens.errors import Interrupted, NoModelError, UserError
+from nblens.layers import parse_layers
+from nblens.lens.trajectory import Comparison
+from nblens.model.placement import Placement
+from nblens.model.tokens import TokenTexts
+from nblens.requests import Prompt, RequestBuilder
+from nblens.results import Generation, RunResult
+from nblens.runtime.backend import Backend
+from nblens.runtime.engine import Engine
+from nblens.runtime.local import LocalBackend
+from nblens.specs import ExtractionFinished, ExtractionSpec, RunSpec, Steer, SteeringWrite, check_coefficient
+from nblens.steering.store import LiveSteering, Steering, VectorStore, check_name
+from nblens.steering.vectors import SteeringVector
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One model, and everything that can be asked of it. Made by `load` and `attach`.
+
+    >>> session = nblens.load()
+    >>> traj = session.lens("The capital of France is", top_k=3)
+    >>> traj.n_layers
+    12
+
+    Requests run one at a time on a worker thread while the caller waits; Ctrl-C stops a run within a token and
+    raises `Interrupted`, which holds what was read until then.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
+        self.model = engine.model
+        self.architecture = engine.architecture
+        self.tokenizer = tokenizer
+        self.placement = placement
+        self.backend: Backend | None = LocalBackend(engine)
+        self.vectors = VectorStore(self.architecture.n_blocks, self.architecture.d_model)
+        self.steer = LiveSteering(self.vectors, self._send)
+        self._text_of = TokenTexts(tokenizer)
+        text_config = engine.model.config.get_text_config(decoder=True)
+        context = getattr(text_config, "max_position_embeddings", None)
+        self._build = RequestBuilder(self.architecture, tokenizer, context)
+
+    def lens(
+        self,
+        prompt: Prompt,
+        *,
+        layers: Any = None,
+        sites: str | Sequence[str] = "resid_post",
+        top_k: int = 5,
+        targets: Sequence[str | int] | str | None = None,
+        lens: str = "logit",
+        generate: int = 0,
+        steer: Steering = None,
+        chat: bool = False,
+        seed: int | None = None,
+        temperature: float = 0.0,
+    ) -> Any:
+        """Read what every block would have said at every token.
+
+        >>> traj = session.lens("The capital of France is", layers="::4", targets=["Paris"])
+        >>> traj.top_ids.shape
+        (3, 6, 5)
+
+        Parameters
+        ----------
+        prompt : str, sequence of int, or list of these
+            Text or token ids; a list makes one padded batch.
+        layers : int, slice, str or sequence, optional
+            Blocks to read: ints, slices, ``"0-4,10,-1"``, ``"::4"``. None: all.
+        sites : str or sequence of str
+            Where in a block: "resid_pre", "resid_post".
+        top_k : int
+            How many of the most likely tokens to keep per cell.
+        targets : sequence of str or int, optional
+            Tokens (text or ids) to follow through all layers.
+        lens : {"logit"}
+            The logit lens (nostalgebraist 2020): final norm and lm_head applied to each block.
+        generate : int
+            Continue by so many tokens and read those too.
+        steer : mapping or sequence of Steer, optional
+            None: the live setting; ``{}``: none; ``{"cheerful": 1.5}``; or `nblens.Steer` values.
+        chat : bool
+            Send the prompt as a user's turn through the chat template.
+        seed : int, optional
+            Seed of sampling; every row draws from a generator of its own with this seed.
+        temperature : float
+            0: greedy.
+
+        Returns
+        -------
+        Trajectory
+            A list of them for a list of prompts; a dict by site where several sites are asked for.
+
+        Raises
+        ------
+        UserError
+            A layer, site, target, vector or prompt that does not fit the model.
+        Interrupted
+            Ctrl-C; `.partial` holds what was read.
+        """
+        build = self._build
+        prompts, single = build.prompts(prompt, chat=chat, generate=generate)
+        spec = RunSpec(
+            prompts=prompts,
+            lens=build.lens(layers, sites, top_k, targets, lens),
+            generation=build.generation(generate, temperature, seed, len(prompts)) if generate else None,
+            steering=self._writes(steer, len(prompts)),
+        )
+
+        def assemble(result: RunResult) -> Any:
+            return _shaped((result.trajectories(row) for row in result.rows), sites, single)
+
+        return self._run(spec, assemble)
+
+    def compare(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        steer: Steering = None,
+        layers: Any = None,
+        site: str = "resid_post",
+        top_k: int = 5,
+        targets: Sequence[str | int] | str | None = None,
+        generate: int = 0,
+        chat: bool = False,
+        seed: int | None = None,
+        temperature: float = 0.0,
+    ) -> Comparison:
+        """Read the same prompt without and with steering, as two rows of one batch.
+
+        Parameters are those of `lens`; `site` is one.
+
+        Raises
+        ------
+        UserError
+            Nothing steers: neither `steer` nor the live setting names a vector.
+        """
+        build = self._build
+        ids = build.one_prompt(prompt, "compare", chat=chat, generate=generate)
+        steers = self._steers(steer)
+        if not steers:
+            raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
+        spec = RunSpec(
+            prompts=(ids, ids),
+            lens=build.lens(layers, site, top_k, targets),
+            generation=build.generation(generate, temperature, seed, 2) if generate else None,
+            steering=tuple(self.vectors.write(s, (0.0, s.coefficient)) for s in steers),
+        )
+
+        def assemble(result: RunResult) -> Comparison:
+            base, steered = (result.trajectories(row)[site] for row in result.rows)
+            return Comparison(base, steered, *(self._decode(result.sampled(row)) for row in result.rows))
+
+        return self._run(spec, assemble)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 64,
+        *,
+        steer: Steering = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        chat: bool = False,
+        lens: Mapping[str, Any] | bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Continue a text.
+
+        >>> out = session.generate("The capital of France is", 3)
+        >>> out.text                                                 # doctest: +SKIP
+        ' Paris. The'
+
+        Parameters
+        ----------
+        max_new_tokens : int
+            Most tokens to add.
+        steer, temperature, seed, chat
+            As in `lens`.
+        lens : bool or mapping, optional
+            True, or a dict of `layers`, `sites`, `top_k`, `targets`: read the run too; see `Generation.trajectory`.
+        **options
+            Any field of transformers' `GenerationConfig` but beam search: `top_p`, `repetition_penalty`, …
+
+        Returns
+        -------
+        Generation
+            A list of them for a list of prompts.
+        """
+        build = self._build
+        prompts, single = build.prompts(prompt, chat=chat, generate=max_new_tokens)
+        steers = self._steers(steer)
+        strengths = {s.name: s.coefficient for s in steers}
+        spec = RunSpec(
+            prompts=prompts,
+            lens=build.lens_from(lens) if lens else None,
+            generation=build.generation(max_new_tokens, temperature, seed, len(prompts), options),
+            steering=tuple(self.vectors.write(s, (s.coefficient,) * len(prompts)) for s in steers),
+        )
+
+        def assemble(result: RunResult) -> Any:
+            rows = [self._generation(result, row, strengths) for row in result.rows]
+            return rows[0] if single else rows
+
+        return self._run(spec, assemble)
+
+    def sweep(
+        self,
+        prompt: str | Sequence[int],
+        name: str,
+        coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
+        max_new_tokens: int = 32,
+        *,
+        layers: Any = None,
+        write: str | None = None,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        chat: bool = False,
+    ) -> list[Generation]:
+        """Continue one prompt under several coefficients of a vector, in one batched run.
+
+        Returns
+        -------
+        list of Generation
+            One per coefficient, in the order given.
+        """
+        build = self._build
+        ids = build.one_prompt(prompt, "sweep", chat=chat, generate=max_new_tokens)
+        if not len(coefficients):
+            raise UserError("sweep needs at least one coefficient")
+        strengths = tuple(check_coefficient(name, c) for c in coefficients)
+        steer = Steer(name, 1.0, layers=layers, write=write or self.vectors[name].write)
+        spec = RunSpec(
+            prompts=(ids,) * len(strengths),
+            generation=build.generation(max_new_tokens, temperature, seed, len(strengths)),
+            steering=(self.vectors.write(steer, strengths),),
+        )
+
+        def assemble(result: RunResult) -> list[Generation]:
+            return [self._generation(result, row, {name: c}, coefficient=c) for row, c in enumerate(strengths)]
+
+        return self._run(spec, assemble)
+
+    def capture(
+        self,
+        prompt: Prompt,
+        *,
+        sites: str | Sequence[str] = "resid_post",
+        layers: Any = None,
+        generate: int = 0,
+        steer: Steering = None,
+        chat: bool = False,
+    ) -> Any:
+        """Keep raw activations.
+
+        >>> acts = session.capture("The capital of France is", layers=[0, -1])
+        >>> tuple(acts.shape)
+        (2, 6, 192)
+
+        Returns
+        -------
+        torch.Tensor
+            (n_layers, n_tokens, d_model), on the CPU, in the model's dtype; a dict by site where several are asked
+            for; a list for a list of prompts.
+        """
+        build = self._build
+        prompts, single = build.prompts(prompt, chat=chat, generate=generate)
+        spec = RunSpec(
+            prompts=prompts,
+            capture=build.capture(layers, sites),
+            generation=build.generation(generate, 0.0, None, len(prompts)) if generate else None,
+            steering=self._writes(steer, len(prompts)),
+        )
+
+        def assemble(result: RunResult) -> Any:
+            return _shaped((result.activations(row) for row in result.rows), sites, single)
+
+        return self._run(spec, assemble)
+
+    def extract(
+        self,
+        name: str,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        method: str = "mean_diff",
+        site: str = "resid_post",
+        layers: Any = None,
+        read: str | int = "last",
+        chat: bool = False,
+    ) -> SteeringVector:
+        """Turn contrast pairs into a steering vector and keep it as `session.vectors[name]`.
+
+        >>> vec = session.extract("paris", [("I love Paris", "I love Rome"), ("In Paris", "In Rome")])
+        >>> vec.site
+        'resid_post'
+
+        Directions are computed for all blocks in one pass; the vector is written by default at one block only, the
+        one that separates a held-back part of the pairs best.
+
+        Parameters
+        ----------
+        name : str
+            A name to steer by: letters, digits, `_`, `-` or `.`.
+        pairs : iterable of (str, str)
+            (positive text, negative text).
+        method : {"mean_diff"}
+            How a direction is computed.
+        site : str
+            Where activations are read and the vector is added.
+        layers : int, slice, str or sequence, optional
+            Blocks to write at, instead of the best one.
+        read : {"last", "mean"} or int
+            Token position whose activation is read in each text.
+
+        Raises
+        ------
+        UserError
+            Empty or malformed pairs, an unknown method, site, layer or read position.
+        """
+        check_name(name)
+        blocks = None if layers is None else parse_layers(layers, self.architecture.n_blocks)
+        spec = self._build.extraction(pairs, method=method, site=site, read=read, chat=chat)
+        event = self._wait(spec)
+        vector = SteeringVector(
+            name=name,
+            directions=dict(enumerate(event.directions)),
+            site=site,
+            layers=blocks or (int(event.separation.argmax()),),
+            model=self.placement.model,
+            n_blocks=self.architecture.n_blocks,
+            method=method,
+            read=str(read),
+            n_pairs=len(spec.positive),
+            separation={block: float(d) for block, d in enumerate(event.separation)},
+            data_hash=event.data_hash,
+        )
+        self.vectors[name] = vector
+        return vector
+
+    def unload(self) -> None:
+        """Stop what runs, free the model, and end this session."""
+        if self.backend is not None:
+            self.backend.close()
+            self.backend = None
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __repr__(self) -> str:
+        if self.backend is None:
+            return "Session(unloaded)"
+        devices = ", ".join(share.device for share in self.placement.devices)
+        return (
+            f"Session({self.placement.model}, {self.architecture.n_blocks} blocks × {self.architecture.d_model}, "
+            f"{self.placement.dtype} on {devices})"
+        )
+
+    def _run(self, spec: RunSpec, assemble: Callable[[RunResult], Any]) -> Any:
+        """Run to the end; on Ctrl-C, cancel, gather what still comes, and raise it as `Interrupted`."""
+        result = RunResult(spec, self.architecture.n_blocks, self.placement.model, self._text_of)
+        stream = self._backend().stream(spec)
+        interrupted = False
+        while True:
+            try:
+                for event in stream:
+                    result.add(event)
+                break
+            except KeyboardInterrupt:
+                if interrupted:  # asked twice: do not wait for the step in progress
+                    raise
+                interrupted = True
+                stream.cancel()
+        if interrupted or result.cancelled:
+            fed = max(len(result.sampled(row)) for row in result.rows)
+            raise Interrupted(f"stopped after {fed} new tokens", assemble(result))
+        return assemble(result)
+
+    def _wait(self, spec: ExtractionSpec) -> ExtractionFinished:
+        stream = self._backend().stream(spec)
+        try:
+            (event,) = stream
+        except KeyboardInterrupt:
+            stream.cancel()
+            raise Interrupted("extraction was stopped; no vector was made") from None
+        if event.cancelled:
+            raise Interrupted("extraction was stopped; no vector was made")
+        return event
+
+    def _generation(
+        self, result: RunResult, row: int, strengths: Mapping[str, float], coefficient: float | None = None
+    ) -> Generation:
+        return Generation(
+            text=self._decode(result.sampled(row)),
+            prompt=self._decode(result.spec.prompts[row]),
+            token_ids=result.sampled(row),
+            trajectories=result.trajectories(row),
+            steer=strengths,
+            coefficient=coefficient,
+            interrupted=result.cancelled,
+            timings=result.timings,
+        )
+
+    def _steers(self, steer: Steering) -> list[Steer]:
+        return list(self.steer.setting.values()) if steer is None else self.vectors.steers(steer)
+
+    def _writes(self, steer: Steering, rows: int) -> tuple[SteeringWrite, ...]:
+        return tuple(self.vectors.write(s, (s.coefficient,) * rows) for s in self._steers(steer))
+
+    def _send(self, coefficients: Mapping[str, float]) -> None:
+        if self.backend is not None:
+            self.backend.steer(coefficients)
+
+    def _backend(self) -> Backend:
+        if self.backend is None:
+            raise NoModelError("this session was unloaded; run %load_sharded (or nblens.load()) again")
+        return self.backend
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _shaped(rows: Iterable[dict[str, Any]], sites: str | Sequence[str], single: bool) -> Any:
+    """One value, or a dict by site where several were asked for, or a list of these for a list of prompts."""
+    shaped = [row[sites] if isinstance(sites, str) else row for row in rows]
+    return shaped[0] if single else shaped
