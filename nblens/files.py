@@ -27,6 +27,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
     """Read arrays and metadata; `FileFormatError` when the file is not sound safetensors."""
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise UserError(f"cannot read {path}: it is a folder")
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -70,6 +70,7 @@ def load(
     UnsupportedModelError
         The model's parts could not be found, or its readout is not the model's own.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     began = time.perf_counter()
@@ -80,6 +81,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
+    _check_files(source)
     device_map = _device_map(devices)
     dtype = _dtype(dtype, device_map)
     if _current is not None:
@@ -95,7 +97,7 @@ def load(
                 offload_folder=offload_dir,
                 **where,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
     return _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
 
@@ -127,7 +129,7 @@ def current() -> Session:
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
     global _current
-    engine = Engine(hf_model, pad_id=_pad_id(tokenizer))
+    engine = Engine(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer)
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, engine.architecture, name=name, seconds=seconds)
     with _lock:
@@ -135,6 +137,24 @@ def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, nam
             _current.unload()
         _current = Session(engine, tokenizer, placement)
     return _current
+
+
+def _check_files(source: str) -> None:
+    """Refuse a folder with damaged weights, or none, while the model before is still loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(source).is_dir():
+        return
+    files = [p for p in Path(source).iterdir() if p.suffix in (".safetensors", ".bin")]
+    try:
+        for path in files:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="np"):
+                    pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot load {source!r}: {path.name} is damaged: {_first_line(error)}") from error
+    if not files:
+        raise UserError(f"cannot load {source!r}: it holds no weights (*.safetensors)")
 
 
 @contextmanager

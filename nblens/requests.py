@@ -97,7 +97,7 @@ class RequestBuilder:
         """How the text shall go on; every row draws from a generator of its own with the same seed."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-        if not 0 <= temperature < float("inf"):
+        if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
         seed = secrets.randbits(32) if seed is None else seed
         return GenerationSpec(max_new_tokens, float(temperature), (seed,) * rows, dict(options or {}))
@@ -112,8 +112,13 @@ class RequestBuilder:
         for number, pair in enumerate(pairs, 1):
             if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
                 raise UserError(f"pair {number} must be (positive text, negative text), got {pair!r}")
-            positive.append(self._ids(pair[0], chat=chat))
-            negative.append(self._ids(pair[1], chat=chat))
+            if not all(isinstance(text, str) or hasattr(text, "__len__") for text in pair):
+                raise UserError(f"pair {number} must be (positive text, negative text), got {pair!r}")
+            try:
+                positive.append(self._ids(pair[0], chat=chat))
+                negative.append(self._ids(pair[1], chat=chat))
+            except UserError as error:
+                raise UserError(f"pair {number}: {error}") from error
         if not positive:
             raise UserError("there are no contrast pairs; give (positive text, negative text) tuples")
         return ExtractionSpec(tuple(positive), tuple(negative), site=check_site(site), method=method, read=read)

@@ -9,6 +9,7 @@ import torch
 
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
+from nblens.model.architecture import Architecture
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec
 
 __all__ = ["Generation", "RunResult"]
@@ -50,10 +51,11 @@ class Generation:
 class RunResult:
     """Gathers the events of a run; can be read at any time, also of an unfinished run."""
 
-    def __init__(self, spec: RunSpec, n_blocks: int, model: str, text_of: Callable[[int], str]) -> None:
+    def __init__(self, spec: RunSpec, architecture: Architecture, model: str, text_of: Callable[[int], str]) -> None:
         self.spec = spec
+        self._architecture = architecture
         self.finished: RunFinished | None = None
-        self._collector = TrajectoryCollector(spec, n_blocks, model, text_of)
+        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of)
         self._activations: list[ActivationSlice] = []
 
     def add(self, event: Event) -> None:
@@ -101,4 +103,5 @@ class RunResult:
             yield values
             position += values.shape[1]
         if position == 0:
-            yield torch.empty(len(self.spec.capture.blocks), 0, 0)
+            shape = (len(self.spec.capture.blocks), 0, self._architecture.d_model)
+            yield torch.empty(shape, dtype=self._architecture.dtype)

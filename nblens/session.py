@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,8 @@ from nblens.results import Generation, RunResult
 from nblens.runtime.backend import Backend
 from nblens.runtime.engine import Engine
 from nblens.runtime.local import LocalBackend
-from nblens.specs import ExtractionFinished, ExtractionSpec, RunSpec, Steer, SteeringWrite, check_coefficient
+from nblens.specs import Event, ExtractionFinished, ExtractionSpec, RunSpec, Steer, SteeringWrite, check_coefficient
+from nblens.steering.extraction import best_block
 from nblens.steering.store import LiveSteering, Steering, VectorStore, check_name
 from nblens.steering.vectors import SteeringVector
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Session"]
+
+# What `session.steer` changes is called so in a run, apart from vectors that a call names itself
+_LIVE = "live:"
 
 
 class Session:
@@ -50,7 +55,7 @@ class Session:
         self._text_of = TokenTexts(tokenizer)
         text_config = engine.model.config.get_text_config(decoder=True)
         context = getattr(text_config, "max_position_embeddings", None)
-        self._build = RequestBuilder(self.architecture, tokenizer, context)
+        self._builder: RequestBuilder | None = RequestBuilder(self.architecture, tokenizer, context)
 
     def lens(
         self,
@@ -137,10 +142,11 @@ class Session:
         chat: bool = False,
         seed: int | None = None,
         temperature: float = 0.0,
+        **options: Any,
     ) -> Comparison:
         """Read the same prompt without and with steering, as two rows of one batch.
 
-        Parameters are those of `lens`; `site` is one.
+        Parameters are those of `lens`; `site` is one, and `options` are those of `generate`.
 
         Raises
         ------
@@ -155,7 +161,7 @@ class Session:
         spec = RunSpec(
             prompts=(ids, ids),
             lens=build.lens(layers, site, top_k, targets),
-            generation=build.generation(generate, temperature, seed, 2) if generate else None,
+            generation=build.generation(generate, temperature, seed, 2, options) if generate else None,
             steering=tuple(self.vectors.write(s, (0.0, s.coefficient)) for s in steers),
         )
 
@@ -207,7 +213,7 @@ class Session:
             prompts=prompts,
             lens=build.lens_from(lens) if lens else None,
             generation=build.generation(max_new_tokens, temperature, seed, len(prompts), options),
-            steering=tuple(self.vectors.write(s, (s.coefficient,) * len(prompts)) for s in steers),
+            steering=self._writes(steer, len(prompts)),
         )
 
         def assemble(result: RunResult) -> Any:
@@ -238,8 +244,8 @@ class Session:
         """
         build = self._build
         ids = build.one_prompt(prompt, "sweep", chat=chat, generate=max_new_tokens)
-        if not len(coefficients):
-            raise UserError("sweep needs at least one coefficient")
+        if isinstance(coefficients, (int, float, str)) or not len(coefficients):
+            raise UserError(f"sweep needs a list of at least one of coefficients, got {coefficients!r}")
         strengths = tuple(check_coefficient(name, c) for c in coefficients)
         steer = Steer(name, 1.0, layers=layers, write=write or self.vectors[name].write)
         spec = RunSpec(
@@ -306,8 +312,9 @@ class Session:
         >>> vec.site
         'resid_post'
 
-        Directions are computed for all blocks in one pass; the vector is written by default at one block only, the
-        one that separates a held-back part of the pairs best.
+        Directions are computed for all blocks in one pass. The vector is written by default at one block only: the
+        one of the middle third that separates a held-back quarter of the pairs best, or the middle one when there
+        are fewer than 8 pairs.
 
         Parameters
         ----------
@@ -329,15 +336,16 @@ class Session:
         UserError
             Empty or malformed pairs, an unknown method, site, layer or read position.
         """
+        build = self._build
         check_name(name)
         blocks = None if layers is None else parse_layers(layers, self.architecture.n_blocks)
-        spec = self._build.extraction(pairs, method=method, site=site, read=read, chat=chat)
-        event = self._wait(spec)
+        spec = build.extraction(pairs, method=method, site=site, read=read, chat=chat)
+        event = self._extract(spec)
         vector = SteeringVector(
             name=name,
             directions=dict(enumerate(event.directions)),
             site=site,
-            layers=blocks or (int(event.separation.argmax()),),
+            layers=blocks or (best_block(event.separation, len(spec.positive)),),
             model=self.placement.model,
             n_blocks=self.architecture.n_blocks,
             method=method,
@@ -354,7 +362,7 @@ class Session:
         if self.backend is not None:
             self.backend.close()
             self.backend = None
-        self.model = None
+        self.model = self.architecture = self._builder = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -368,35 +376,36 @@ class Session:
         )
 
     def _run(self, spec: RunSpec, assemble: Callable[[RunResult], Any]) -> Any:
-        """Run to the end; on Ctrl-C, cancel, gather what still comes, and raise it as `Interrupted`."""
-        result = RunResult(spec, self.architecture.n_blocks, self.placement.model, self._text_of)
-        stream = self._backend().stream(spec)
-        interrupted = False
-        while True:
-            try:
-                for event in stream:
-                    result.add(event)
-                break
-            except KeyboardInterrupt:
-                if interrupted:  # asked twice: do not wait for the step in progress
-                    raise
-                interrupted = True
-                stream.cancel()
+        """Run to the end; a run that is stopped raises `Interrupted` with what it had read."""
+        result = RunResult(spec, self.architecture, self.placement.model, self._text_of)
+        events, interrupted = self._events(spec)
+        for event in events:
+            result.add(event)
         if interrupted or result.cancelled:
             fed = max(len(result.sampled(row)) for row in result.rows)
             raise Interrupted(f"stopped after {fed} new tokens", assemble(result))
         return assemble(result)
 
-    def _wait(self, spec: ExtractionSpec) -> ExtractionFinished:
-        stream = self._backend().stream(spec)
-        try:
-            (event,) = stream
-        except KeyboardInterrupt:
-            stream.cancel()
-            raise Interrupted("extraction was stopped; no vector was made") from None
-        if event.cancelled:
+    def _extract(self, spec: ExtractionSpec) -> ExtractionFinished:
+        (event,), interrupted = self._events(spec)
+        if interrupted or event.cancelled:
             raise Interrupted("extraction was stopped; no vector was made")
         return event
+
+    def _events(self, spec: RunSpec | ExtractionSpec) -> tuple[Sequence[Event], bool]:
+        """Every event of a request, and whether Ctrl-C cut it short; it is waited for until it has stopped."""
+        stream = self._backend().stream(spec)
+        interrupted = False
+        while True:
+            try:
+                for _ in stream:
+                    pass
+                return stream.log, interrupted
+            except KeyboardInterrupt:
+                if interrupted:  # asked twice: do not wait for the step in progress
+                    raise
+                interrupted = True
+                stream.cancel()
 
     def _generation(
         self, result: RunResult, row: int, strengths: Mapping[str, float], coefficient: float | None = None
@@ -415,12 +424,26 @@ class Session:
     def _steers(self, steer: Steering) -> list[Steer]:
         return list(self.steer.setting.values()) if steer is None else self.vectors.steers(steer)
 
+    def _live_writes(self, rows: int) -> tuple[SteeringWrite, ...]:
+        """All vectors, those that do not steer now at 0: they can be turned on while the run goes on."""
+        setting = self.steer.setting
+        steers = [setting.get(name) or Steer(name, 0.0, write=v.write) for name, v in self.vectors.items()]
+        writes = [self.vectors.write(s, (s.coefficient,) * rows) for s in steers]
+        return tuple(replace(w, name=_LIVE + w.name) for w in writes)
+
     def _writes(self, steer: Steering, rows: int) -> tuple[SteeringWrite, ...]:
+        if steer is None:
+            return self._live_writes(rows)
         return tuple(self.vectors.write(s, (s.coefficient,) * rows) for s in self._steers(steer))
 
     def _send(self, coefficients: Mapping[str, float]) -> None:
         if self.backend is not None:
-            self.backend.steer(coefficients)
+            self.backend.steer({_LIVE + name: c for name, c in coefficients.items()})
+
+    @property
+    def _build(self) -> RequestBuilder:
+        self._backend()
+        return self._builder
 
     def _backend(self) -> Backend:
         if self.backend is None:

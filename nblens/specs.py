@@ -39,6 +39,8 @@ __all__ = [
 WRITE_POSITIONS = ("all", "prompt", "generated", "last")
 """Where a vector is added: every token, the prompt's, the generated ones, or the prompt's last token."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 LENS_METRICS = ("entropy", "kl")
 """What a lens can compute beside the top tokens and the token that follows."""
 
@@ -76,7 +78,7 @@ class Steer:
     op: str = "add"
 
     def __post_init__(self) -> None:
-        check_coefficient(self.name, self.coefficient)
+        object.__setattr__(self, "coefficient", check_coefficient(self.name, self.coefficient))
         if self.write not in WRITE_POSITIONS:
             raise UserError(f"write position {self.write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}")
         if self.op != "add":
@@ -91,6 +93,8 @@ def check_coefficient(name: str, coefficient: float) -> float:
         raise UserError(f"coefficient of {name!r} must be a number, got {coefficient!r}") from None
     if not math.isfinite(value):
         raise UserError(f"coefficient of {name!r} must be finite, got {value}")
+    if abs(value) > _LARGEST:
+        raise UserError(f"coefficient of {name!r} must be at most {_LARGEST:.3g}, got {value}")
     return value
 
 

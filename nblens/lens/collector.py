@@ -30,6 +30,8 @@ class TrajectoryCollector:
         if isinstance(event, ReadoutSlice):
             self._slices[event.row, event.site][event.start] = event
         elif isinstance(event, TokensSampled):
+            if event.step == 0:  # again, after a restart with a smaller chunk
+                self.sampled = [[] for _ in self._spec.prompts]
             for row, token in zip(self.sampled, event.token_ids, strict=True):
                 if token is not None:
                     row.append(token)

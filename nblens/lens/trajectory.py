@@ -84,16 +84,22 @@ class Trajectory:
     """seconds per phase"""
 
     def __post_init__(self) -> None:
-        cells = (len(self.layers), len(self.tokens))
-        for name in _PER_TOKEN:
-            _check_shape(name, getattr(self, name), cells[1:])
-        for name in _PER_CELL:
-            _check_shape(name, getattr(self, name), cells)
-        for name in _PER_CELL_MANY:
-            _check_shape(name, getattr(self, name)[..., 0:0], (*cells, 0))
-        _check_shape("top_logprobs", self.top_logprobs, self.top_ids.shape)
-        _check_shape("target_logprobs", self.target_logprobs, (*cells, len(self.target_ids)))
-        _check_shape("target_ranks", self.target_ranks, (*cells, len(self.target_ids)))
+        n_layers, n_tokens, n_targets = len(self.layers), len(self.tokens), len(self.target_ids)
+        top = (n_layers, n_tokens, self.top_ids.shape[-1] if self.top_ids.ndim == 3 else -1)
+        target = (n_layers, n_tokens, n_targets)
+        shapes = {
+            **dict.fromkeys(_PER_TOKEN, (n_tokens,)),
+            **dict.fromkeys(_PER_CELL, (n_layers, n_tokens)),
+            **{"top_ids": top, "top_logprobs": top, "target_logprobs": target, "target_ranks": target},
+            "target_ids": (n_targets,),
+        }
+        for name, shape in shapes.items():
+            _check_array(name, getattr(self, name), shape)
+        for name, values, kind in (("tokens", self.tokens, str), ("layers", self.layers, int)):
+            if not all(isinstance(value, kind) for value in values):
+                raise ValueError(f"{name} must be {kind.__name__}s, got {values[:3]}")
+        if not isinstance(self.n_blocks, int):
+            raise ValueError(f"n_blocks must be an int, got {self.n_blocks!r}")
 
     @property
     def n_layers(self) -> int:
@@ -208,7 +214,7 @@ class Trajectory:
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
             return cls(**{name: arrays[name] for name in _array_names()}, **plain)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{path} is damaged: {error!r}") from error
 
     def diff(self, other: Trajectory) -> TrajectoryDiff:
@@ -344,6 +350,9 @@ def _array_names() -> tuple[str, ...]:
     return (*_PER_TOKEN, *_PER_CELL, *_PER_CELL_MANY, "target_ids")
 
 
-def _check_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+def _check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    kind = np.integer if name.endswith(("ids", "rank", "ranks")) else np.floating
+    if not np.issubdtype(array.dtype, kind):
+        raise ValueError(f"{name} holds {array.dtype}, expected {kind.__name__} numbers")

@@ -92,6 +92,8 @@ class SteppingLoop:
         self._takes = set(inspect.signature(model.forward).parameters)
         self._first = batch.width - torch.tensor(batch.lengths)  # (rows,) column of each row's first token
         self._mask = batch.mask
+        self.started = False
+        """whether `generate` has called back: an error after that is not about its options"""
 
     @torch.no_grad()
     def prefill(self, cache: Cache) -> bool:
@@ -121,6 +123,7 @@ class SteppingLoop:
         torch.Tensor
             int64 (rows, width + generated): prompts and what was sampled.
         """
+        self.started = True
         *body, last = self._chunks()
         for columns in body:
             if self._feed("prompt", columns, past_key_values, keep_logits=False) is None:
@@ -199,7 +202,7 @@ class SteppingLoop:
 
 
 def generate_text(
-    model: PreTrainedModel, batch: Batch, loop: SteppingLoop, spec: GenerationSpec, pad_id: int
+    model: PreTrainedModel, batch: Batch, loop: SteppingLoop, spec: GenerationSpec, pad_id: int, tokenizer: Any = None
 ) -> torch.Tensor:
     """Run the loop under transformers' `generate`, with every option of `GenerationConfig`.
 
@@ -212,6 +215,8 @@ def generate_text(
     generators = None
     if config.do_sample:
         generators = [torch.Generator().manual_seed(seed) for seed in spec.seeds]
+    recommended = model.generation_config
+    model.generation_config = _special_tokens(model, pad_id)
     try:
         return model.generate(
             batch.input_ids,
@@ -219,11 +224,32 @@ def generate_text(
             generation_config=config,
             custom_generate=loop.generate,
             generators=generators,
+            stopping_criteria=_stop_strings(config, tokenizer),
         )
     except ValueError as error:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) or loop.started:
             raise
         raise UserError(f"generation options: {error}") from error
+    finally:
+        model.generation_config = recommended
+
+
+def _stop_strings(config: GenerationConfig, tokenizer: Any) -> Any:
+    """The stopping criterion of `stop_strings`, for which `generate` has no tokenizer under a custom loop."""
+    from transformers import StoppingCriteriaList, StopStringCriteria
+
+    strings, config.stop_strings = config.stop_strings, None
+    if not strings:
+        return StoppingCriteriaList()
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+
+
+def _special_tokens(model: PreTrainedModel, pad_id: int) -> GenerationConfig:
+    """A default configuration that recommends nothing: `generate` fills whatever is not set from the model's."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=pad_id)
 
 
 def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int) -> GenerationConfig:
@@ -236,6 +262,10 @@ def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int
         raise UserError(f"generation option {unknown[0]!r} is unknown to transformers' GenerationConfig")
     if spec.options.get("num_beams", 1) not in (None, 1):
         raise UserError("beam search is not supported: beams reorder the rows that lens and steering follow")
+    if spec.options.get("num_return_sequences", 1) not in (None, 1):
+        raise UserError("num_return_sequences is not supported; give the prompt several times")
+    if spec.options.get("use_cache") is False:
+        raise UserError("use_cache=False is not supported: a run is steps over one KV cache")
     sampling: dict[str, Any] = {"do_sample": False}
     if spec.temperature > 0:
         sampling = {"do_sample": True, "temperature": spec.temperature, "top_k": 0, "top_p": 1.0}

@@ -62,7 +62,7 @@ class Readout:
         tile_columns: int = _TILE_COLUMNS,
     ) -> None:
         self._architecture = architecture
-        self._head = _Head(architecture)
+        self._head = _Head(architecture, tile_elements)
         self._tile_elements = tile_elements
         self._tile_columns = tile_columns if self._head.sliceable else architecture.vocab_size
 
@@ -144,9 +144,10 @@ class Readout:
 class _Head:
     """The lm_head, a tile of the vocabulary at a time where its weight can be sliced."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, tile_elements: int) -> None:
         self._module = architecture.lm_head
         self._transform = architecture.transform
+        self._whole_rows = max(1, tile_elements // architecture.vocab_size)
         weight = getattr(self._module, "weight", None)
         # An offloaded weight sits on "meta" outside its module's forward, and a quantized one is not a matrix
         self.sliceable = type(self._module) is nn.Linear and not weight.is_meta and type(weight.data) is torch.Tensor
@@ -154,20 +155,29 @@ class _Head:
     def tile(self, normed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Float32 logits of vocabulary entries start … stop-1, (n, stop-start)."""
         if not self.sliceable:
-            return self._transform.apply_(self._module(normed).float()[..., start:stop])
+            return self._all(normed)[..., start:stop]
         bias = None if self._module.bias is None else self._module.bias[start:stop]
         logits = F.linear(normed, self._module.weight[start:stop], bias).float()
         return self._transform.apply_(logits)
 
     def pick(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Float32 logits of chosen ids per row, (n_slots, n, d), (n, m) → (n_slots, n, m)."""
+        """Float32 logits of chosen ids per row, (n_slots, n, d), (n, m) → (n_slots, n, m).
+
+        By the same product as `tile`, not by a dot product per row: in half precision the two round differently.
+        """
+        columns, place = ids.unique(return_inverse=True)
         if not self.sliceable:
-            index = ids.expand(len(normed), *ids.shape)
-            return torch.stack([self.tile(slot, 0, self._module.out_features) for slot in normed]).gather(-1, index)
-        logits = torch.einsum("snd,nmd->snm", normed, self._module.weight[ids]).float()
-        if self._module.bias is not None:
-            logits += self._module.bias[ids].float()
-        return self._transform.apply_(logits)
+            parts = normed.split(self._whole_rows, dim=1)
+            return torch.cat([self._all(part)[..., columns] for part in parts], 1).gather(
+                -1, place.expand(len(normed), -1, -1)
+            )
+        weight = self._module.weight[columns]
+        bias = None if self._module.bias is None else self._module.bias[columns]
+        logits = [self._transform.apply_(F.linear(slot, weight, bias).float()).gather(-1, place) for slot in normed]
+        return torch.stack(logits)
+
+    def _all(self, normed: torch.Tensor) -> torch.Tensor:
+        return self._transform.apply_(self._module(normed).float())
 
 
 class _RunningStats:
@@ -206,10 +216,9 @@ class _RunningStats:
         place = (slots, rows)
         self._update_top(place, tile, start)
         self._update_wanted(place, tile, start)
-        old_max = self._max[place]
-        new_max = torch.maximum(old_max, tile.amax(-1))
+        new_max = torch.maximum(self._max[place], tile.amax(-1))
+        shrink = (self._max[place] - new_max).clamp_(min=_FLOOR)  # −inf at the first tile
         self._max[place] = new_max
-        shrink = (old_max - new_max).clamp_(min=_FLOOR)  # −inf at the first tile
         scale = shrink.exp()
         shifted = tile.sub(new_max[..., None]).clamp_(min=_FLOOR)
         weights = shifted.exp()
@@ -225,9 +234,9 @@ class _RunningStats:
     ) -> None:
         slots, rows = place
         if slots == slice(self._final, self._final + 1):
-            old = self._final_max[rows]
-            self._final_max[rows] = torch.maximum(old, final_tile.amax(-1))
-            self._final_shrink = (old - self._final_max[rows]).clamp_(min=_FLOOR)
+            new = torch.maximum(self._final_max[rows], final_tile.amax(-1))
+            self._final_shrink = (self._final_max[rows] - new).clamp_(min=_FLOOR)
+            self._final_max[rows] = new
         shifted = final_tile.sub(self._final_max[rows][:, None]).clamp_(min=_FLOOR)
         old = self._cross[place] + self._total[place] * self._final_shrink
         self._cross[place] = old * scale + torch.einsum("snv,nv->sn", weights, shifted)

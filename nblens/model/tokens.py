@@ -33,6 +33,8 @@ def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
         raise UserError(f"a prompt is text, token ids, or a list of these; got {type(prompt).__name__}")
     if all(isinstance(item, int) for item in prompt):
         return [list(prompt)], True
+    if any(not isinstance(item, (str, Sequence)) for item in prompt):
+        raise UserError("a prompt is text, token ids, or a list of these; got a mixture")
     prompts = [item if isinstance(item, str) else list(item) for item in prompt]
     if any(not isinstance(i, int) for p in prompts if not isinstance(p, str) for i in p):
         raise UserError("a prompt is text, token ids, or a list of these; got a deeper list")
@@ -85,8 +87,13 @@ def encode(
 def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template; leave chat out")
+    from jinja2 import TemplateError
+
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except TemplateError as error:
+        raise UserError(f"the chat template failed: {error}") from error
 
 
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int) -> int:

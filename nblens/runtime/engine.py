@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -38,13 +38,15 @@ from nblens.steering.extraction import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Engine"]
 
 _CHUNK = 256  # tokens per prefill step, over all rows
 _DECODE_WINDOW = 64  # decoded tokens that wait for one readout
 _WATCH_SECONDS = 0.1
+
+Result = TypeVar("Result")
 
 
 class Engine:
@@ -56,10 +58,13 @@ class Engine:
         A causal LM, in evaluation mode.
     pad_id : int
         Token that fills shorter rows; masked out everywhere.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed for the generation option `stop_strings` alone.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_id: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad_id: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.model = model
+        self.tokenizer = tokenizer
         self.architecture = find_architecture(model)
         self.readout = Readout(self.architecture)
         self._pad_id = pad_id
@@ -79,22 +84,17 @@ class Engine:
             self._extract(spec, emit, control)
             return
         batch = self._batch(spec.prompts)
-        chunk = spec.chunk or _CHUNK
-        while True:
+
+        def attempt(chunk: int) -> None:
             run = _Run(self, spec, batch, chunk, emit, control)
             try:
                 run.execute()
-                return
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                if run.decoding or chunk <= batch.rows:
-                    raise DeviceMemoryError(
-                        f"out of memory while {'generating' if run.decoding else 'reading the prompt'} "
-                        f"({batch.rows} rows × {batch.width} tokens, {chunk} tokens a step); "
-                        "shorten the prompt, take fewer rows, layers or sites"
-                    ) from error
-            chunk = max(batch.rows, chunk // 2)
+            except RuntimeError as error:
+                if run.decoding and _is_out_of_memory(error):
+                    raise _out_of_memory("generating", batch, chunk) from error
+                raise
+
+        _with_smaller_chunks(attempt, spec.chunk or _CHUNK, batch)
 
     def _extract(self, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
         """Compute a direction per block in one pass over the texts."""
@@ -124,14 +124,20 @@ class Engine:
     def _read_states(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
         """Activations at the read position, float32 (n_blocks, n_texts, d_model)."""
         batch = self._batch(texts)
-        reader = PositionReader(self.architecture.n_blocks, read_weights(batch, spec.read), self.architecture.d_model)
-        points = [
-            self._point(spec.site, block, capture=reader.writer(block)) for block in range(self.architecture.n_blocks)
-        ]
-        with Instrumentation(points):
-            loop = SteppingLoop(self.model, batch, _Reading(reader, control), width=max(1, 4 * _CHUNK // batch.rows))
-            loop.prefill(self.new_cache())
-        return reader.states
+        weights = read_weights(batch, spec.read)
+
+        def attempt(chunk: int) -> torch.Tensor:
+            reader = PositionReader(self.architecture.n_blocks, weights, self.architecture.d_model)
+            points = [
+                self._point(spec.site, block, capture=reader.writer(block))
+                for block in range(self.architecture.n_blocks)
+            ]
+            with Instrumentation(points):
+                observer = _Reading(reader, control)
+                SteppingLoop(self.model, batch, observer, width=max(1, chunk // batch.rows)).prefill(self.new_cache())
+            return reader.states
+
+        return _with_smaller_chunks(attempt, 4 * _CHUNK, batch)
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
         return Batch.of(prompts, self._pad_id, self.model.get_input_embeddings().weight.device)
@@ -191,7 +197,7 @@ class _Run:
         self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
         self._lens = LensReader(engine.architecture, engine.readout, spec.lens) if spec.lens else None
         self._places = self._capture_places()
-        self._buffer = self._new_buffer() if self._places else None
+        self._buffer: CaptureBuffer | None = None
         self._timings: dict[str, float] = defaultdict(float)
         self._n_sampled = 0
         self._last_flush = time.perf_counter()
@@ -201,12 +207,13 @@ class _Run:
         """Attach hooks, run, detach, and report."""
         began = time.perf_counter()
         engine, spec = self._engine, self._spec
+        self._buffer = self._new_buffer() if self._places else None
         with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places)):
             loop = SteppingLoop(engine.model, self._batch, self, width=self._width)
             if spec.generation is None:
                 loop.prefill(engine.new_cache())
             else:
-                generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id)
+                generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
             self._flush()
         self._timings["total"] = time.perf_counter() - began
         self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
@@ -283,5 +290,27 @@ class _Run:
         return CaptureBuffer(self._engine.architecture, self._places, capacity, device)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+def _with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, batch: Batch) -> Result:
+    """Call `attempt` with a chunk that is halved each time memory runs out, down to one column at a time."""
+    while True:
+        try:
+            return attempt(chunk)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            if chunk <= batch.rows:
+                raise _out_of_memory("reading the prompt", batch, chunk) from error
+        chunk = max(batch.rows, chunk // 2)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it is CUDA's error, or one of the two that the CPU allocator raises as plain `RuntimeError`."""
+    cpu = ("not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cpu)
+
+
+def _out_of_memory(doing: str, batch: Batch, chunk: int) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"out of memory while {doing} ({batch.rows} rows × {batch.width} tokens, {chunk} tokens a step); "
+        "shorten the prompt, or take fewer rows, layers or sites"
+    )

@@ -21,15 +21,18 @@ class LocalBackend:
         self._engine: Engine | None = engine
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._running: _Request | None = None
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="nblens-worker", daemon=True)
         self._thread.start()
 
     def stream(self, spec: RunSpec | ExtractionSpec) -> _Request:
         """See `Backend.stream`."""
-        if self._engine is None or not self._thread.is_alive():
-            raise WorkerError("the model was unloaded; load one with nblens.load() or %load_sharded")
-        request = _Request(spec)
-        self._requests.put(request)
+        with self._lock:
+            if self._closed or not self._thread.is_alive():
+                raise WorkerError("the model was unloaded; load one with nblens.load() or %load_sharded")
+            request = _Request(spec)
+            self._requests.put(request)
         return request
 
     def steer(self, coefficients: Coefficients) -> None:
@@ -44,7 +47,12 @@ class LocalBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._requests.put(None)
+        with self._lock:
+            self._closed = True
+            while not self._requests.empty():
+                if (request := self._requests.get()) is not None:
+                    request.cancel()
+            self._requests.put(None)
         self.cancel()
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -52,14 +60,17 @@ class LocalBackend:
 
     def _work(self) -> None:
         while (request := self._requests.get()) is not None:
-            self._running = request
-            try:
-                self._engine.run(request.spec, request.events.put, request.control)
-            except BaseException as error:
-                request.events.put(error)
-            finally:
-                self._running = None
-                del request  # an idle worker must not keep the last request's tensors alive
+            if request.start():
+                self._running = request
+                if self._closed:
+                    request.cancel()
+                try:
+                    self._engine.run(request.spec, request.put, request.control)
+                except BaseException as error:
+                    request.put(error)
+                finally:
+                    self._running = None
+            del request  # an idle worker must not keep the last request's tensors alive
 
 
 class _Request:
@@ -68,23 +79,46 @@ class _Request:
     def __init__(self, spec: RunSpec | ExtractionSpec) -> None:
         self.spec = spec
         self.control = Control()
-        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
-        self._ended = False
+        self.log: list[Event | BaseException] = []
+        """every event so far: an interrupt may take one from the caller's hands, never from here"""
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._next = 0
+        self._lock = threading.Lock()
+        self._started = False
+
+    def put(self, event: Event | BaseException) -> None:
+        """Hand an event to the caller."""
+        self.log.append(event)
+        self._wake.put(None)
+
+    def start(self) -> bool:
+        """Begin, unless it was cancelled while it waited for its turn."""
+        with self._lock:
+            self._started = not self.control.cancelled
+            return self._started
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Event:
-        if self._ended:
-            raise StopIteration
-        event = self.events.get()
-        self._ended = isinstance(event, (RunFinished, ExtractionFinished, BaseException))
+        while self._next >= len(self.log):
+            if self.log and isinstance(self.log[-1], (RunFinished, ExtractionFinished, BaseException)):
+                raise StopIteration
+            self._wake.get()
+        event = self.log[self._next]
+        self._next += 1
         if isinstance(event, BaseException):
             raise event
         return event
 
     def cancel(self) -> None:
-        self.control.cancel()
+        """Stop it; one that has not begun ends at once."""
+        with self._lock:
+            again = self.control.cancelled
+            self.control.cancel()
+            if not self._started and not again:
+                self.put(RunFinished(True, {}))
 
     def steer(self, coefficients: Coefficients) -> None:
+        """Leave coefficients for its next step."""
         self.control.steer(coefficients)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from nblens.model.generation import Batch
@@ -21,10 +22,14 @@ class _Delta:
 
     write: str
     names: list[str]
+    coefficients: list[list[float]]
+    """per write, one per row"""
     directions: torch.Tensor
     """float32 (n_writes, d_model)"""
     value: torch.Tensor
     """(rows, 1, d_model), in the model's dtype; updated in place"""
+    active: bool = False
+    """whether any coefficient differs from 0: adding zeros would change nothing"""
 
 
 @dataclass
@@ -38,7 +43,7 @@ class SteeringBank:
     """Adds steering vectors to the activations of a batch, with a coefficient per row.
 
     Everything it adds sits in tensors that live as long as the run and are changed in place, so a new coefficient
-    needs no new hook. A coefficient of 0 adds zeros: bit-identical to no steering.
+    needs no new hook. A row whose coefficients are 0 gets zeros added: bit-identical to no steering.
     """
 
     def __init__(
@@ -56,7 +61,9 @@ class SteeringBank:
             self._coefficients[write.name] = _per_row(write.coefficients, rows)
             for block, direction in write.directions.items():
                 self._add(write, block, torch.as_tensor(direction, dtype=torch.float32, device=device), dtype)
-        self._update(self._coefficients)
+        for place in self._places.values():
+            for delta in place.deltas:
+                self._refresh(delta)
 
     @property
     def places(self) -> list[tuple[str, int]]:
@@ -97,7 +104,7 @@ class SteeringBank:
         def edit(hidden: torch.Tensor) -> torch.Tensor:
             for delta in deltas:
                 columns = self._columns[delta.write]
-                if columns is None:
+                if columns is None or not delta.active:
                     continue
                 if delta.value.device != hidden.device:
                     delta.value = delta.value.to(hidden.device)
@@ -115,22 +122,31 @@ class SteeringBank:
         for delta in place.deltas:
             if delta.write == write.write:
                 delta.names.append(write.name)
+                delta.coefficients.append(_per_row(write.coefficients, self._rows))
                 delta.directions = torch.cat([delta.directions, direction[None]])
                 return
         value = torch.zeros((self._rows, 1, len(direction)), dtype=dtype, device=direction.device)
-        place.deltas.append(_Delta(write.write, [write.name], direction[None], value))
+        place.deltas.append(
+            _Delta(write.write, [write.name], [_per_row(write.coefficients, self._rows)], direction[None], value)
+        )
 
-    def _update(self, changed: Iterable[str]) -> None:
-        changed = set(changed)
+    def _update(self, changed: Mapping[str, list[float]]) -> None:
         for delta in (delta for place in self._places.values() for delta in place.deltas):
-            if changed.isdisjoint(delta.names):
+            if changed.keys().isdisjoint(delta.names):
                 continue
-            weights = torch.tensor([self._coefficients[name] for name in delta.names], device=delta.directions.device)
-            delta.value.copy_((weights.T @ delta.directions)[:, None])
+            delta.coefficients = [
+                changed.get(name, old) for name, old in zip(delta.names, delta.coefficients, strict=True)
+            ]
+            self._refresh(delta)
+
+    def _refresh(self, delta: _Delta) -> None:
+        weights = torch.tensor(delta.coefficients, dtype=torch.float32, device=delta.directions.device)
+        delta.value.copy_((weights.T @ delta.directions)[:, None])
+        delta.active = any(map(any, delta.coefficients))
 
 
 def _per_row(coefficients: Coefficients, rows: int) -> list[float]:
-    if isinstance(coefficients, (int, float)):
+    if np.ndim(coefficients) == 0:
         return [float(coefficients)] * rows
     if len(coefficients) != rows:
         raise ValueError(f"{len(coefficients)} coefficients for {rows} rows")

@@ -17,12 +17,15 @@ from nblens.errors import UserError
 from nblens.model.generation import Batch
 from nblens.specs import ExtractionSpec
 
-__all__ = ["METHODS", "MeanDifference", "PositionReader", "Separation", "data_hash", "read_weights"]
+__all__ = ["METHODS", "MeanDifference", "PositionReader", "Separation", "best_block", "data_hash", "read_weights"]
 
 METHODS = {"mean_diff": "mean of positive minus mean of negative activations"}
 """How a direction is computed from contrast pairs."""
 
 READ_POSITIONS = ("last", "mean")
+
+FEWEST_TO_JUDGE = 8
+"""With fewer contrast pairs, none is held back."""
 
 
 def read_weights(batch: Batch, read: str | int) -> torch.Tensor:
@@ -45,7 +48,7 @@ def read_weights(batch: Batch, read: str | int) -> torch.Tensor:
             weights[row, first:] = 1 / length
             continue
         index = -1 if read == "last" else read
-        if isinstance(index, str):
+        if not isinstance(index, int):
             raise UserError(f"read position {read!r} is unknown; one of {', '.join(READ_POSITIONS)} or an index")
         if not -length <= index < length:
             raise UserError(f"read position {index} is outside a text of {length} tokens")
@@ -124,5 +127,19 @@ def data_hash(spec: ExtractionSpec) -> str:
 
 
 def held_back(n_pairs: int) -> Sequence[int]:
-    """Indices of the pairs that judge the blocks: every fourth, at most 64; all of them when there are fewer than 8."""
-    return range(n_pairs) if n_pairs < 8 else range(3, n_pairs, 4)[:64]
+    """Indices of the pairs that judge the blocks: every fourth, at most 64; all of them when there are too few."""
+    return range(n_pairs) if n_pairs < FEWEST_TO_JUDGE else range(3, n_pairs, 4)[:64]
+
+
+def best_block(separation: np.ndarray, n_pairs: int) -> int:
+    """The block to write at by default: the one of the middle third that tells held-back pairs apart best.
+
+    Separation alone would often choose an end: the first blocks can tell two texts apart by their words, and the
+    last ones by the next word alone, which they then push at every position. Too few pairs to hold any back make
+    every block look perfect; then it is the middle block.
+    """
+    n_blocks = len(separation)
+    if n_pairs < FEWEST_TO_JUDGE:
+        return n_blocks // 2
+    first, last = n_blocks // 3, max(n_blocks // 3, 2 * n_blocks // 3 - 1)
+    return first + int(np.argmax(separation[first : last + 1]))

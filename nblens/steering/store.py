@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from nblens.errors import UserError
 from nblens.layers import format_layers, parse_layers
+from nblens.model.sites import check_site
 from nblens.specs import Steer, SteeringWrite, check_coefficient
 from nblens.steering.vectors import SteeringVector
 
@@ -35,6 +36,7 @@ class VectorStore(MutableMapping[str, SteeringVector]):
         check_name(name)
         if not isinstance(vector, SteeringVector):
             raise UserError(f"{name!r} must be a SteeringVector, got {type(vector).__name__}")
+        check_site(vector.site)
         vector.check_fits(n_blocks=self._n_blocks, d_model=self._d_model)
         self._vectors[name] = replace(vector, name=name)
 

@@ -14,6 +14,7 @@ import numpy as np
 from nblens.errors import FileFormatError, UserError, VectorMismatchError
 from nblens.files import read_safetensors, write_safetensors
 from nblens.layers import format_layers
+from nblens.specs import WRITE_POSITIONS
 
 __all__ = ["SteeringVector"]
 
@@ -53,6 +54,8 @@ class SteeringVector:
         if not self.directions:
             raise UserError(f"steering vector {self.name!r} holds no direction")
         arrays = {int(b): np.asarray(d, dtype=np.float32) for b, d in sorted(self.directions.items())}
+        if min(arrays) < 0:
+            raise UserError(f"steering vector {self.name!r} has a direction for block {min(arrays)}")
         shapes = {array.shape for array in arrays.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise UserError(f"directions of {self.name!r} must be 1-D and equally long, got shapes {sorted(shapes)}")
@@ -85,7 +88,7 @@ class SteeringVector:
         """Raise `VectorMismatchError` unless the vector belongs to a model of this shape."""
         blocks = self.n_blocks or max(self.directions) + 1
         fits_depth = blocks == n_blocks if self.n_blocks else max(self.directions) < n_blocks
-        if self.d_model != d_model or not fits_depth:
+        if self.d_model != d_model or not fits_depth or max(self.directions) >= n_blocks:
             raise VectorMismatchError(
                 f"steering vector {self.name!r} was made for {blocks} blocks × {self.d_model} "
                 f"({self.model or 'unknown model'}); the loaded model has {n_blocks} blocks × {d_model}"
@@ -118,9 +121,12 @@ class SteeringVector:
             plain["layers"] = tuple(int(block) for block in plain["layers"])
             plain["separation"] = {int(block): float(d) for block, d in plain["separation"].items()}
             plain["name"] = name or str(plain["name"])
+            plain["n_blocks"] = int(plain["n_blocks"])
+            if not isinstance(plain["site"], str) or plain["write"] not in WRITE_POSITIONS:
+                raise ValueError(f"site {plain['site']!r}, write {plain['write']!r}")
             directions = {int(key.removeprefix("direction.")): array for key, array in arrays.items()}
             return cls(directions=directions, **plain)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{path} is damaged: {error}") from error
 
     def __mul__(self, factor: float) -> SteeringVector:

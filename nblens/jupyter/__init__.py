@@ -1,0 +1,1 @@
+"""The notebook's side: magics and what they display. The only package that imports IPython."""

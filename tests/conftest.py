@@ -1,0 +1,54 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_tokenizer
+
+import nblens
+from nblens.lens.collector import TrajectoryCollector
+from nblens.lens.trajectory import Trajectory
+from nblens.specs import Event, RunSpec
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: tiny matrices lose time on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def attach(one_thread: None) -> Iterator[Callable[..., nblens.Session]]:
+    """`nblens.attach` with the tiny tokenizer for the length of a test: what it made is unloaded afterwards."""
+    sessions = []
+
+    def make(model: Any, tokenizer: Any = None) -> nblens.Session:
+        sessions.append(nblens.attach(model, tokenizer or tiny_tokenizer()))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.unload()
+
+
+@pytest.fixture
+def run_spec() -> Callable[..., list[dict[str, Trajectory]]]:
+    """Send a `RunSpec` to a session's backend; trajectories by row and site. `events`, if given, gets every event."""
+
+    def run(session: nblens.Session, spec: RunSpec, events: list[Event] | None = None) -> list[dict[str, Trajectory]]:
+        collector = TrajectoryCollector(spec, session.architecture.n_blocks, "tiny", str)
+        for event in session.backend.stream(spec):
+            collector.add(event)
+            if events is not None:
+                events.append(event)
+        rows = range(len(spec.prompts))
+        return [{site: collector.trajectory(row, site) for site in spec.lens.sites} for row in rows]
+
+    return run

@@ -1,0 +1,80 @@
+import pytest
+from IPython.core.completer import provisionalcompleter
+
+
+@pytest.fixture
+def complete(shell):
+    """Texts of a cell after each completion at its end."""
+
+    def complete(source):
+        with provisionalcompleter():
+            found = list(shell.Completer.completions(source, len(source)))
+        return [source[: item.start] + item.text for item in found]
+
+    return complete
+
+
+@pytest.fixture
+def vectors(session):
+    session.extract("cheerful", [("the cat", "the dog"), ("a man", "a house")])
+    session.extract("formal", [("the cat", "the dog"), ("a man", "a house")])
+
+
+def test_options_complete(complete):
+    assert complete("%lens --la") == ["%lens --layers"]
+    assert complete("%%lens --co") == ["%%lens --compare"]
+    assert complete("%generate --max") == ["%generate --max-new-tokens"]
+    assert complete("%load_sharded --tr") == ["%load_sharded --trust-remote-code"]
+    assert complete("%%steer x --me") == ["%%steer x --method"]
+    assert set(complete("%lens -")) > {"%lens --top-k", "%lens -o", "%lens --steer"}
+
+
+def test_options_complete_after_others_and_in_an_assignment(complete):
+    assert complete("%lens --top-k 3 --compare --met") == ["%lens --top-k 3 --compare --metric"]
+    assert complete("t = %lens --met") == ["t = %lens --metric"]
+
+
+@pytest.mark.parametrize("start", ["%lens --metric ", "%lens --metric=", "%%lens --top-k 3 --metric "])
+def test_metrics_complete(complete, start):
+    assert sorted(complete(start)) == sorted(start + metric for metric in ("prob", "entropy", "kl", "rank"))
+    assert complete(start + "en") == [start + "entropy"]
+
+
+def test_vector_names_complete(complete, vectors):
+    assert complete("%lens --steer ch") == ["%lens --steer cheerful="]
+    assert complete("%%generate --compare --steer f") == ["%%generate --compare --steer formal="]
+    assert complete("%steer cheerful=1 f") == ["%steer cheerful=1 formal="]
+    assert complete("%steer show c") == ["%steer show cheerful"]
+    assert complete("%steer save f") == ["%steer save formal"]
+
+
+def test_commands_of_steer_complete(complete, vectors):
+    assert set(complete("%steer ")) == {
+        "%steer off", "%steer list", "%steer save", "%steer load", "%steer show", "%steer cheerful=", "%steer formal=",
+    }  # fmt: skip
+    assert complete("%steer li") == ["%steer list"]
+
+
+def test_sites_methods_positions_and_layers_complete(complete, session):
+    assert complete("%lens --sites resid_po") == ["%lens --sites resid_post"]
+    assert complete("%lens --sites resid_pre,resid_po") == ["%lens --sites resid_pre,resid_post"]
+    assert complete("%%steer x --method me") == ["%%steer x --method mean_diff"]
+    assert complete("%%steer x --write gen") == ["%%steer x --write generated"]
+    assert complete("%%steer x --read me") == ["%%steer x --read mean"]
+    assert "%lens --layers 0-2" in complete("%lens --layers ")
+    assert "%lens --layers 0-2" in complete("%lens --layers 0")
+
+
+def test_nothing_of_ours_completes_in_a_prompt(complete, session):
+    for source in ("%lens The --met", "%%lens\n--met", "%lens --top-k 3 The off", "lens --met", "x = 1\n%%lens --met"):
+        assert not [text for text in complete(source) if text.endswith(("--metric", "offload"))]
+
+
+def test_files_still_complete(complete, session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cheerful_vector.safetensors").touch()
+    assert "%steer load cheerful_vector.safetensors" in complete("%steer load cheerful_v")
+
+
+def test_without_a_model_there_are_no_vectors(complete):
+    assert complete("%lens --steer ") == ["%lens --steer off"]

@@ -1,0 +1,185 @@
+"""%steer and %%steer in a real shell on a tiny real model."""
+
+import numpy as np
+import pytest
+
+from nblens.errors import Interrupted
+from nblens.session import Session
+from nblens.steering.vectors import SteeringVector
+
+TEXT, HTML = "text/plain", "text/html"
+BODY = "+ the cat sat\n- the dog ran\n\n# a comment\n+ a red house\n- a man had tea\n"
+PAIRS = [("the cat sat", "the dog ran"), ("a red house", "a man had tea")]
+
+
+@pytest.fixture
+def vector(session):
+    return session.extract("cheerful", PAIRS)
+
+
+def shown(cell):
+    """The text of the one thing that a cell displayed."""
+    (data,) = cell.displayed
+    return data[TEXT]
+
+
+def test_pairs_make_a_vector(run, session, shell):
+    cell = run(f"%%steer cheerful -o v\n{BODY}")
+    expected = session.extract("expected", PAIRS)
+    assert isinstance(cell.value, SteeringVector)
+    assert shell.user_ns["v"] is cell.value
+    assert session.vectors["cheerful"] is cell.value or session.vectors["cheerful"].name == "cheerful"
+    for block, direction in expected.directions.items():
+        assert np.array_equal(cell.value.directions[block], direction)
+    assert shown(cell) == repr(cell.value)
+    assert session.steer.setting == {}
+
+
+def test_pairs_are_literal(run, session, shell):
+    shell.user_ns["x"] = "expanded"
+    cell = run("%%steer braces\n+ the {x} $x cat \n- the dog")
+    expected = session.extract("expected", [("the {x} $x cat ", "the dog")])
+    assert np.array_equal(cell.value.directions[1], expected.directions[1])
+
+
+def test_options_of_extraction(run, session):
+    cell = run(f"%%steer v --layers 0,2 --site resid_pre --read mean --write generated --method mean_diff\n{BODY}")
+    expected = session.extract("expected", PAIRS, layers="0,2", site="resid_pre", read="mean")
+    assert np.array_equal(cell.value.directions[2], expected.directions[2])
+    stored = session.vectors["v"]
+    assert (stored.layers, stored.site, stored.read, stored.write) == ((0, 2), "resid_pre", "mean", "generated")
+    assert run(f"%%steer w --read -2\n{BODY}").value.read == "-2"
+    run("%steer v=1")
+    assert session.steer.setting["v"].write == "generated"
+
+
+def test_set_show_and_off(run, session, vector):
+    assert shown(run("%steer")) == "steering is off (vectors: cheerful)"
+    cell = run("%steer cheerful=1.5")
+    assert session.steer.setting["cheerful"].coefficient == 1.5
+    heading, row = shown(cell).split("\n")
+    assert heading.split() == ["steering", "coefficient", "blocks", "tokens"]
+    assert row.split() == ["cheerful", "+1.5", str(vector.layers[0]), "all"]
+    assert shown(run("%steer")) == shown(cell)
+    assert shown(run("%steer off")) == "steering is off (vectors: cheerful)"
+    assert session.steer.setting == {}
+
+
+def test_names_that_are_left_out_keep_their_coefficient(run, session, vector):
+    session.extract("formal", PAIRS)
+    run("%steer cheerful=1.5 formal=-1")
+    run("%steer formal=2")
+    assert {name: steer.coefficient for name, steer in session.steer.setting.items()} == {
+        "cheerful": 1.5,
+        "formal": 2.0,
+    }
+
+
+def test_layers_and_positions_of_a_setting(run, session, vector):
+    cell = run("%steer cheerful=-2 --layers 0-1 --write generated")
+    steer = session.steer.setting["cheerful"]
+    assert (steer.coefficient, steer.layers, steer.write) == (-2.0, "0-1", "generated")
+    assert shown(cell).split("\n")[1].split() == ["cheerful", "−2", "0-1", "generated"]
+
+
+def test_steering_works_on_what_follows(run, session, vector):
+    before = run("%lens the cat").value
+    run("%steer cheerful=4")
+    steered = run("%lens the cat").value
+    assert not np.array_equal(before.top_logprobs, steered.top_logprobs)
+    run("%steer off")
+    assert np.array_equal(run("%lens the cat").value.top_logprobs, before.top_logprobs)
+
+
+def test_list_is_aligned_and_safe(run, session, vector):
+    assert run("%steer list").value is None
+    session.extract("a_much_longer_name", PAIRS)
+    cell = run("%steer list")
+    heading, *rows = shown(cell).split("\n")
+    assert [row.split()[0] for row in rows] == ["cheerful", "a_much_longer_name"]
+    assert {row.index("resid_post") for row in rows} == {heading.index("site")}
+    assert "<th" in cell.displayed[0][HTML]
+
+
+def test_list_without_vectors_says_how_to_make_one(run, session):
+    assert shown(run("%steer list")) == "no steering vectors; make one with %%steer NAME"
+    assert "make one with %%steer NAME" in shown(run("%steer"))
+
+
+def test_show_lists_the_blocks_of_a_vector(run, session, vector):
+    cell = run("%steer show cheerful -o v")
+    table, value = (data[TEXT] for data in cell.displayed)
+    rows = [row.split() for row in table.split("\n")[1:]]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    assert [int(row[0]) for row in rows if row[-1] == "yes"] == list(vector.layers)
+    assert rows[1][1] == f"{vector.norms[1]:.3g}"
+    assert value == repr(vector)
+    assert cell.value.name == "cheerful"
+
+
+def test_save_and_load_bring_a_vector_back(run, session, vector, tmp_path):
+    path = tmp_path / "my vector.safetensors"
+    cell = run(f"%steer save cheerful '{path}'")
+    assert cell.stdout == f"wrote {path}\n"
+    del session.vectors["cheerful"]
+    cell = run(f'%steer load "{path}" -o v')
+    assert np.array_equal(session.vectors["cheerful"].directions[1], vector.directions[1])
+    assert cell.value.name == "cheerful"
+
+
+def test_a_stopped_extraction_is_one_line(run, session, shell, monkeypatch):
+    def stop(*_, **__):
+        raise Interrupted("extraction was stopped; no vector was made")
+
+    monkeypatch.setattr(Session, "extract", stop)
+    cell = run(f"%%steer cheerful --write all\n{BODY}")
+    assert (cell.stderr, cell.displayed) == ("extraction was stopped; no vector was made\n", [])
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("%%steer\n+ a\n- b", "%%steer takes the name of one vector, and contrast pairs in the cell's body"),
+        ("%%steer a b\n+ a\n- b", "%%steer takes the name of one vector"),
+        ("%%steer off\n+ a\n- b", "'off' is a command of %steer; give the vector another name"),
+        ("%%steer a=b\n+ a\n- b", "a vector's name is letters, digits"),
+        ("%%steer v\nhappy", "line 2: begin with + or -, then the text; got 'happy'"),
+        ("%%steer v\n\n", "there are no contrast pairs"),
+        ("%%steer v --method nope\n+ a\n- b", "extraction method 'nope' is unknown; one of mean_diff"),
+        ("%%steer v --site nope\n+ a\n- b", "site 'nope' is unknown; one of resid_pre, resid_post"),
+        ("%%steer v --layers 9\n+ a\n- b", "layer 9 is out of range; the model has blocks 0-2"),
+        ("%%steer v --read 99\n+ a\n- b", "read position 99 is outside a text"),
+        ("%%steer v --read nope\n+ a\n- b", "read position 'nope' is unknown"),
+        ("%steer gloomy=1", "steering vector 'gloomy' is unknown; one of cheerful"),
+        ("%steer cheerful=nan", "coefficient of 'cheerful' must be finite, got nan"),
+        ("%steer cheerful=inf --write all", "coefficient of 'cheerful' must be finite, got inf"),
+        ("%steer cheerful=x", "steering is set as NAME=NUMBER, such as cheerful=1.5; got 'cheerful=x'"),
+        ("%steer cheerful", "'cheerful' is neither NAME=NUMBER nor one of off, list, save, load, show"),
+        ("%steer cheerful=1 --layers 9", "layer 9 is out of range"),
+        ("%steer show", "write %steer show NAME"),
+        ("%steer show gloomy", "steering vector 'gloomy' is unknown"),
+        ("%steer save cheerful", "write %steer save NAME FILE"),
+        ("%steer save gloomy x.safetensors", "steering vector 'gloomy' is unknown"),
+        ("%steer save cheerful /no/such/folder/v.safetensors", "cannot write /no/such/folder/v.safetensors"),
+        ("%steer load /no/such/file", "cannot read /no/such/file"),
+        ("%steer off now", "write %steer off"),
+    ],
+)
+def test_a_mistake_is_one_line_and_changes_nothing(refused, session, vector, cell, message):
+    session.steer({"cheerful": 0.5})
+    assert message in refused(cell)
+    assert list(session.vectors) == ["cheerful"]
+    assert session.steer.setting["cheerful"].coefficient == 0.5
+    assert session.steer.setting["cheerful"].layers is None
+
+
+def test_a_vector_of_another_model_is_refused(refused, session, tmp_path):
+    SteeringVector("wide", {0: np.ones(7)}, n_blocks=3).save(tmp_path / "v")
+    message = refused(f"%steer load {tmp_path}/v")
+    assert "was made for 3 blocks × 7" in message
+    assert "the loaded model has 3 blocks × 32" in message
+
+
+def test_a_damaged_file_is_refused(refused, session, tmp_path):
+    (tmp_path / "v").write_bytes(b"\x80\x04not safetensors")
+    assert "is not a sound safetensors file" in refused(f"%steer load {tmp_path}/v")

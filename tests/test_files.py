@@ -1,0 +1,172 @@
+"""Files that are whole or not there, and never run code."""
+
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from nblens import files
+from nblens.errors import FileFormatError, UserError
+from nblens.files import read_safetensors, replace_file, write_safetensors
+
+ARRAYS = {
+    "int": np.arange(6, dtype=np.int32).reshape(2, 3),
+    "float": np.array([[np.nan, -np.inf, 1.5]], np.float32),
+    "none": np.zeros((3, 0), np.float32),
+}
+
+
+def test_arrays_and_metadata_come_back_bit_for_bit(tmp_path):
+    path = write_safetensors(tmp_path / "a.safetensors", ARRAYS, {"format": "x", "text": "⏎ “é”\n"})
+    assert path == tmp_path / "a.safetensors"
+    arrays, metadata = read_safetensors(path)
+    assert metadata == {"format": "x", "text": "⏎ “é”\n"}
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        assert arrays[name].shape == array.shape
+        assert arrays[name].tobytes() == array.tobytes()
+
+
+def test_a_path_may_be_text(tmp_path):
+    write_safetensors(str(tmp_path / "a"), ARRAYS, {})
+    assert read_safetensors(str(tmp_path / "a"))[1] == {}
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "a"
+    replace_file(path, b"old and long")
+    assert replace_file(path, b"new") == path
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+class FullError(Exception):
+    """The disk is full."""
+
+
+def failing(*_, **__):
+    raise FullError
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "os.chmod", "os.fdopen"])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch, broken, old):
+    path = tmp_path / "a"
+    if old is not None:
+        path.write_bytes(old)
+    monkeypatch.setattr(f"nblens.files.{broken}", failing)
+    with pytest.raises(FullError):
+        replace_file(path, b"new")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == ([] if old is None else [old])
+
+
+def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a", []
+    path.write_bytes(b"old")
+    replace = os.replace
+
+    def watched(source, target):
+        with open(source, "rb") as file:
+            seen.append((path.read_bytes(), file.read(), os.path.dirname(source)))
+        replace(source, target)
+
+    monkeypatch.setattr("nblens.files.os.replace", watched)
+    replace_file(path, b"new")
+    assert seen == [(b"old", b"new", str(tmp_path))]  # in the same folder: a rename over file systems is a copy
+
+
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        replace_file(tmp_path / "a", b"")
+    finally:
+        assert os.umask(mask) == 0o027
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*nowhere/a: No such file or directory"):
+        replace_file(tmp_path / "nowhere" / "a", b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*folder: "):
+        replace_file(tmp_path / "folder", b"")
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_file_that_is_not_there_is_the_users_mistake_and_no_damage(tmp_path):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path / 'missing'}") as raised:
+        read_safetensors(tmp_path / "missing")
+    assert not isinstance(raised.value, FileFormatError)
+    with pytest.raises(UserError, match=f"{tmp_path}"):
+        read_safetensors(tmp_path)
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self):
+        return failing, ()
+
+
+def sound():
+    from safetensors.numpy import save
+
+    return save(ARRAYS, metadata={"a": "b"})
+
+
+def header(text, data=b""):
+    return struct.pack("<Q", len(text)) + text.encode() + data
+
+
+HOSTILE = {
+    "empty": b"",
+    "text": b"just some text that is longer than eight bytes",
+    "pickle": pickle.dumps({"a": Bomb()}),
+    "cut in its header": sound()[:20],
+    "cut in its data": sound()[:-1],
+    "longer than it says": sound() + b"\0",
+    "a header of 2⁶³ bytes": struct.pack("<Q", 2**63) + b"{}",
+    "a header of a gigabyte": struct.pack("<Q", 2**30) + b"{}",
+    "a header that is no JSON": header("{"),
+    "a header that is a list": header("[]"),
+    "a type that is none": header('{"a":{"dtype":"PY","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+    "a shape beyond its data": header('{"a":{"dtype":"F32","shape":[99],"data_offsets":[0,4]}}', b"1234"),
+    "offsets beyond its data": header('{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,400]}}', b"1234"),
+    "a negative shape": header('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"1234"),
+    "a zip": b"PK\x03\x04" + b"\0" * 40,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_damaged_or_hostile_file_is_refused(tmp_path, what):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(HOSTILE[what])
+    with pytest.raises(FileFormatError, match=f"{path} is not a sound safetensors file"):
+        read_safetensors(path)
+
+
+def test_a_file_of_torch_save_is_refused_and_not_unpickled(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": Bomb()}, path)
+    with pytest.raises(FileFormatError, match="not a sound safetensors file"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_checkpoint_in_a_type_that_numpy_lacks_is_read_or_refused(tmp_path, dtype):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2, dtype=dtype)}, tmp_path / "a")
+    try:
+        arrays, _ = read_safetensors(tmp_path / "a")
+    except FileFormatError:
+        return
+    assert arrays["a"].astype(np.float32).tolist() == [1, 1]
+
+
+def test_the_module_knows_no_way_to_unpickle():
+    assert not {"pickle", "torch"} & set(vars(files))
