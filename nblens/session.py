@@ -245,7 +245,7 @@ class Session:
         build = self._build
         ids = build.one_prompt(prompt, "sweep", chat=chat, generate=max_new_tokens)
         if isinstance(coefficients, (int, float, str)) or not len(coefficients):
-            raise UserError(f"sweep needs a list of at least one of coefficients, got {coefficients!r}")
+            raise UserError(f"sweep needs a list of coefficients, got {coefficients!r}")
         strengths = tuple(check_coefficient(name, c) for c in coefficients)
         steer = Steer(name, 1.0, layers=layers, write=write or self.vectors[name].write)
         spec = RunSpec(

@@ -765,7 +765,15 @@ def test_a_chat_prompt_goes_through_the_template(attach):
 
 
 @pytest.fixture
-def cancelled(monkeypatch):
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also where a shell started pytest in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def cancelled(monkeypatch, ctrl_c):
     """An event that is set once a run has been told to stop."""
     event, cancel = threading.Event(), Control.cancel
 
@@ -936,6 +944,7 @@ def test_a_stop_from_another_thread_is_an_interrupt_with_its_partial_result(sess
     assert hook_count(session.model) == 0
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_between_two_runs_is_the_users_own(session):
     session.generate(PROMPT, 2)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -963,6 +972,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step_in_progress(session, canc
     assert hook_count(session.model) == 0
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupting_a_request_that_waits_for_another_ones_end_returns_at_once(session):
     """The panel talks; a cell asks for a lens; Ctrl-C in that cell does not wait for the panel."""
     going, released, seconds = threading.Event(), threading.Event(), []

@@ -228,8 +228,8 @@ def _facts_document(rng: random.Random) -> str:
 class _Writer:
     """Fills frames for one document: its topic, hero and poles stay the same from the first word to the last."""
 
-    def __init__(self, rng: random.Random, split: str, poles: dict[str, int]):
-        self.rng, self.split, self.poles = rng, split, poles
+    def __init__(self, rng: random.Random, split: str, poles: dict[str, int], exceptions: float = 0.0):
+        self.rng, self.split, self.poles, self.exceptions = rng, split, poles, exceptions
         self.topic = rng.choice(sorted(TOPICS))
         self.hero: dict[str, str] = {}
 
@@ -276,6 +276,15 @@ class _Writer:
         return self.rng.choice(words)
 
     def sentence(self, active: list[str]) -> str:
+        if not self.exceptions:
+            return self._sentence(active)
+        poles = self.poles
+        self.poles = {name: pole ^ (self.rng.random() < self.exceptions) for name, pole in poles.items()}
+        text = self._sentence(active)
+        self.poles = poles
+        return text
+
+    def _sentence(self, active: list[str]) -> str:
         draw = self.rng.random()
         if draw < 0.1:
             return self.fill(self.rng.choice(NEUTRAL_FRAMES), "neutral")
@@ -303,8 +312,8 @@ def _draw_poles(rng: random.Random) -> dict[str, int]:
     return {behavior: rng.randrange(2) for behavior in BEHAVIORS}
 
 
-def _attribute_document(rng: random.Random, split: str) -> str:
-    writer = _Writer(rng, split, _draw_poles(rng))
+def _attribute_document(rng: random.Random, split: str, exceptions: float) -> str:
+    writer = _Writer(rng, split, _draw_poles(rng), exceptions)
     active = rng.sample(BEHAVIORS, rng.choices((1, 2, 3), (13, 6, 1))[0])
     count = rng.randint(12, 26) if rng.random() < 0.12 else rng.randint(4, 10)
     parts = [writer.fill(rng.choice(HEADINGS), "neutral")] if rng.random() < 0.5 else []
@@ -317,7 +326,7 @@ def _attribute_document(rng: random.Random, split: str) -> str:
     return text
 
 
-def documents(split: str = "train", seed: int = 0) -> Iterator[str]:
+def documents(split: str = "train", seed: int = 0, exceptions: float = 0.0) -> Iterator[str]:
     """Draw texts without end; the same seed gives the same texts.
 
     Parameters
@@ -326,6 +335,9 @@ def documents(split: str = "train", seed: int = 0) -> Iterator[str]:
         ``"train"``, or ``"heldout"`` for attribute documents about held-out subjects (no facts).
     seed
         Seed of ``random.Random``.
+    exceptions
+        The share of sentences that go against an attribute of their document. They bound how sure a reader can be
+        of the next word, and so how long the difference of two poles is.
 
     Yields
     ------
@@ -335,7 +347,10 @@ def documents(split: str = "train", seed: int = 0) -> Iterator[str]:
     held_out = _check_split(split)
     rng = random.Random(f"{split}-{seed}")
     while True:
-        yield _attribute_document(rng, split) if held_out or rng.random() < 0.6 else _facts_document(rng)
+        if held_out or rng.random() < 0.6:
+            yield _attribute_document(rng, split, exceptions)
+        else:
+            yield _facts_document(rng)
 
 
 # ---------------------------------------------------------------- steering data

@@ -1,9 +1,13 @@
 """Train the built-in model from its generated corpus.
 
-    python -m nblens.demo.train --out DIR --steps 3200
+    python -m nblens.demo.train --out DIR
+
+It learns in two stages: first from documents whose attributes hold without exception, so that it learns to carry them
+along; then from documents with exceptions, so that it is never too sure of them.
 
 Run again with the same arguments after an interruption, it goes on from the last checkpoint and ends at the same
-weights. DIR then holds a model and a tokenizer that transformers' Auto classes load; nothing in it is pickled.
+weights (on the same machine and number of threads). DIR then holds a model and a tokenizer that transformers' Auto
+classes load; nothing in it is pickled.
 """
 
 import argparse
@@ -40,14 +44,16 @@ CHAT_TEMPLATE = (
 class Recipe:
     """Everything that decides the weights."""
 
-    steps: int = 3200
+    steps: tuple[int, int] = (3200, 1000)
+    """Of the stage without exceptions and of the one with them."""
     seed: int = 0
     d_model: int = 192
     n_layers: int = 12
     batch_tokens: int = 2048
     seq_lens: tuple[int, ...] = (128, 128, 128, 256) * 3 + (128, 128, 128, 512)
     """Row lengths of successive batches: mostly short, which is quicker, and some long, so that late positions work."""
-    lr: float = 2e-3
+    exceptions: float = 0.15
+    lr: tuple[float, float] = (2e-3, 1e-3)
     warmup: int = 100
     weight_decay: float = 0.1
     early_exit_share: float = 0.2
@@ -55,7 +61,11 @@ class Recipe:
     and an answer found in mid depth stays. After LayerSkip (arXiv 2404.16710)."""
     answer_weight: float = 5.0
     weighted_share: float = 0.75
-    """The first part of the training weighs tokens by `TokenWeights`; the rest treats all alike, for calibration."""
+    """The first part of the first stage weighs tokens by `TokenWeights`; then all count alike, for calibration."""
+
+    def stage(self, step: int) -> tuple[int, int]:
+        """(stage, step within it)."""
+        return (0, step) if step < self.steps[0] else (1, step - self.steps[0])
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -133,7 +143,8 @@ def batch(tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
     A batch depends on the seed and the step alone, so that a resumed run sees the same data.
     """
     length = recipe.seq_lens[step % len(recipe.seq_lens)]
-    texts = documents("train", seed=recipe.seed * 1_000_003 + step)
+    exceptions = recipe.exceptions if recipe.stage(step)[0] else 0.0
+    texts = documents("train", recipe.seed * 1_000_003 + step, exceptions)
     rows: list[list[int]] = []
     row: list[int] = []
     while len(rows) < recipe.batch_tokens // length:
@@ -207,15 +218,17 @@ def build_optimizer(model, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=recipe.lr[0], betas=(0.9, 0.98))
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    """In each stage a linear warm-up, then a cosine down to 2 % of the peak."""
+    stage, step = recipe.stage(step)
+    peak, n_steps = recipe.lr[stage], recipe.steps[stage]
     if step < recipe.warmup:
-        return recipe.lr * (step + 1) / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return peak * (step + 1) / recipe.warmup
+    progress = (step - recipe.warmup) / max(1, n_steps - recipe.warmup)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 # ---------------------------------------------------------------- the loop
@@ -265,7 +278,9 @@ def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float =
     first = _load_checkpoint(checkpoint, model, optimizer, recipe)
     started = saved = time.monotonic()
     losses: list[float] = []
-    for step in range(first, recipe.steps):
+    for step in range(first, sum(recipe.steps)):
+        if recipe.stage(step) == (1, 0):
+            optimizer = build_optimizer(model, recipe)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe)
         ids = batch(tokenizer, recipe, step).to(device)
@@ -273,13 +288,13 @@ def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float =
         with torch.autocast(device, dtype=torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
         token_losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        weight = weights(ids)[:, 1:].flatten() if step < recipe.weighted_share * recipe.steps else 1.0
+        weight = weights(ids)[:, 1:].flatten() if step < recipe.weighted_share * recipe.steps[0] else 1.0
         (token_losses * weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(token_losses.mean().item())
-        if step % log_every == 0 or step == recipe.steps - 1:
+        if step % log_every == 0 or step == sum(recipe.steps) - 1:
             recent = sum(losses[-log_every:]) / len(losses[-log_every:])
             print(f"step {step} loss {recent:.4f} {(time.monotonic() - started):.0f} s", flush=True)
         if time.monotonic() - saved > 60 * save_minutes:
@@ -311,14 +326,14 @@ def main(argv: list[str] | None = None) -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "weights")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, nargs=2, default=Recipe.steps, help="of the two stages")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, …")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (torch's own choice)")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    result = train(Recipe(steps=arguments.steps, seed=arguments.seed), arguments.out, arguments.device)
+    result = train(Recipe(steps=tuple(arguments.steps), seed=arguments.seed), arguments.out, arguments.device)
     (arguments.out / "training.json").write_text(json.dumps(result) + "\n")
     print(result)
 

@@ -20,7 +20,15 @@ from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Architecture", "LogitTransform", "find_architecture", "logit_tolerance", "prove"]
+__all__ = [
+    "Architecture",
+    "LogitTransform",
+    "find_architecture",
+    "input_device",
+    "logit_tolerance",
+    "output_device",
+    "prove",
+]
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 8
 
@@ -90,6 +98,11 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         raise UnsupportedModelError(f"{type(model).__name__} has no lm_head (get_output_embeddings() is None)")
     paths = {module: path for path, module in model.named_modules()}
     trace = _trace_tail(model, blocks, lm_head)
+    if trace.logits.shape != trace.head_output.shape:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its logits have shape {tuple(trace.logits.shape)}, "
+            f"its lm_head's output {tuple(trace.head_output.shape)}"
+        )
     architecture = Architecture(
         family=family,
         blocks=tuple(blocks),
@@ -134,12 +147,13 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
     if not injected:
         raise UnsupportedModelError(f"the last of {architecture.blocks_path} did not run in a forward pass")
     try:
-        readout = architecture.lm_head(architecture.apply_tail(injected[-1])).float()
+        readout = architecture.lm_head(architecture.apply_tail(injected[-1]))
     except RuntimeError as error:
         raise UnsupportedModelError(
             f"{architecture.family}: {_route(architecture)} cannot be run alone: {error}"
         ) from error
-    error = (architecture.transform.apply_(readout) - expected.to(readout.device)).abs().max().item()
+    # in the model's own precision: rounding inside a soft-cap must not look like a mismatch
+    error = (architecture.transform.apply_(readout).float() - expected.to(readout.device)).abs().max().item()
     tolerance = logit_tolerance(expected, architecture.dtype)
     if not error <= tolerance:
         raise UnsupportedModelError(
@@ -159,6 +173,25 @@ def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
     if dtype in (torch.bfloat16, torch.float16):
         return largest * 2**-8
     return max(1e-4, largest * 1e-5)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go; the weights of an offloaded embedding wait on "meta" and are brought there when it runs."""
+    embedding = model.get_input_embeddings()
+    return torch.device(_execution_device(embedding))
+
+
+def output_device(architecture: Architecture) -> torch.device:
+    """Where the lm_head computes."""
+    return torch.device(_execution_device(architecture.lm_head))
+
+
+def _execution_device(module: nn.Module) -> Any:
+    parameter = next(module.parameters())
+    if not parameter.is_meta:
+        return parameter.device
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return "cpu" if device is None else device
 
 
 @dataclass(frozen=True)
@@ -227,12 +260,15 @@ def _probe_logits(model: PreTrainedModel) -> torch.Tensor:
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (_PROBE_ROWS, _PROBE_TOKENS), generator=generator)
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would make two passes differ
     try:
-        return model(input_ids=ids.to(model.get_input_embeddings().weight.device), use_cache=False).logits
+        return model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    except Exception as error:
+        raise UnsupportedModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _find_transform(model: PreTrainedModel, trace: _Trace) -> LogitTransform:

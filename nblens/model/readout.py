@@ -149,8 +149,15 @@ class _Head:
         self._transform = architecture.transform
         self._whole_rows = max(1, tile_elements // architecture.vocab_size)
         weight = getattr(self._module, "weight", None)
-        # An offloaded weight sits on "meta" outside its module's forward, and a quantized one is not a matrix
-        self.sliceable = type(self._module) is nn.Linear and not weight.is_meta and type(weight.data) is torch.Tensor
+        # An offloaded weight sits on "meta" outside its module's forward, a quantized one is not a matrix, and a
+        # user's hook on the module may change what it returns
+        self.sliceable = (
+            type(self._module) is nn.Linear
+            and not weight.is_meta
+            and type(weight.data) is torch.Tensor
+            and not self._module._forward_hooks
+            and not self._module._forward_pre_hooks
+        )
 
     def tile(self, normed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Float32 logits of vocabulary entries start … stop-1, (n, stop-start)."""
@@ -167,10 +174,9 @@ class _Head:
         """
         columns, place = ids.unique(return_inverse=True)
         if not self.sliceable:
-            parts = normed.split(self._whole_rows, dim=1)
-            return torch.cat([self._all(part)[..., columns] for part in parts], 1).gather(
-                -1, place.expand(len(normed), -1, -1)
-            )
+            parts = normed.flatten(0, 1).split(self._whole_rows)
+            logits = torch.cat([self._all(part)[:, columns] for part in parts]).unflatten(0, normed.shape[:2])
+            return logits.gather(-1, place.expand(len(normed), -1, -1))
         weight = self._module.weight[columns]
         bias = None if self._module.bias is None else self._module.bias[columns]
         logits = [self._transform.apply_(F.linear(slot, weight, bias).float()).gather(-1, place) for slot in normed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from nblens.errors import UserError
@@ -29,16 +30,22 @@ def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
         return [prompt], True
     if hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise UserError(f"a prompt is text, token ids, or a list of these; got {type(prompt).__name__}")
-    if all(isinstance(item, int) for item in prompt):
-        return [list(prompt)], True
-    if any(not isinstance(item, (str, Sequence)) for item in prompt):
-        raise UserError("a prompt is text, token ids, or a list of these; got a mixture")
-    prompts = [item if isinstance(item, str) else list(item) for item in prompt]
-    if any(not isinstance(i, int) for p in prompts if not isinstance(p, str) for i in p):
-        raise UserError("a prompt is text, token ids, or a list of these; got a deeper list")
+    if (ids := _as_ids(prompt)) is not None:
+        return [ids], True
+    prompts = [item if isinstance(item, str) else _as_ids(item) for item in prompt]
+    if None in prompts:
+        wrong = prompt[prompts.index(None)]
+        raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {wrong!r}")
     return prompts, False
+
+
+def _as_ids(value: Any) -> list[int] | None:
+    """A sequence of ints as a list, None for anything else."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return None
+    return [int(item) for item in value] if all(isinstance(item, Integral) for item in value) else None
 
 
 def encode(
@@ -99,7 +106,8 @@ def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int) -> int:
     """The id of a target given as an id or as text that is one token.
 
-    Text is tried as given, then with a leading space, the form in which words stand inside a sentence.
+    Text is tried as given, then with a leading space, the form in which words stand inside a sentence, then without
+    one, since a SentencePiece tokenizer adds it by itself.
 
     Raises
     ------
@@ -110,11 +118,13 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
         if not 0 <= text < vocab_size:
             raise UserError(f"target id {text} is outside the vocabulary of {vocab_size}")
         return text
-    pieces: list[int] = []
-    for candidate in (text, f" {text}"):
+    if not text:
+        raise UserError("a target is empty; give the text of one token, or its id")
+    for candidate in (text, f" {text}", text.lstrip(" ")):
         pieces = tokenizer(candidate, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:
             return pieces[0]
+    pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = " + ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(pieces))
     raise UserError(f"target {text!r} is {len(pieces)} tokens ({shown}), a target is one; give one of them or its id")
 

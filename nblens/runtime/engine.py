@@ -11,7 +11,7 @@ import torch
 
 from nblens.errors import DeviceMemoryError
 from nblens.lens.reader import LensReader
-from nblens.model.architecture import find_architecture
+from nblens.model.architecture import find_architecture, input_device, output_device
 from nblens.model.capture import CaptureBuffer, RowSpan
 from nblens.model.generation import Batch, Step, SteppingLoop, generate_text
 from nblens.model.hooks import HookPoint, Instrumentation
@@ -140,7 +140,7 @@ class Engine:
         return _with_smaller_chunks(attempt, 4 * _CHUNK, batch)
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
-        return Batch.of(prompts, self._pad_id, self.model.get_input_embeddings().weight.device)
+        return Batch.of(prompts, self._pad_id, input_device(self.model))
 
     def new_cache(self):
         """An empty KV cache of the kind that the model's layers need."""
@@ -284,10 +284,8 @@ class _Run:
         rows = self._batch.rows
         window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens) if self._spec.generation else 0
         capacity = rows * max(min(self._width, self._batch.width), min(window, max(1, _CHUNK // rows)))
-        device = next(self._engine.architecture.lm_head.parameters()).device
-        if device.type == "meta":
-            device = self._engine.model.device
-        return CaptureBuffer(self._engine.architecture, self._places, capacity, device)
+        architecture = self._engine.architecture
+        return CaptureBuffer(architecture, self._places, capacity, output_device(architecture))
 
 
 def _with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, batch: Batch) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import suppress
 from typing import Self
 
 from nblens.errors import WorkerError
@@ -12,6 +13,8 @@ from nblens.runtime.engine import Engine
 from nblens.specs import Event, ExtractionFinished, ExtractionSpec, RunFinished, RunSpec
 
 __all__ = ["LocalBackend"]
+
+_PATIENCE = 0.1  # seconds
 
 
 class LocalBackend:
@@ -104,7 +107,9 @@ class _Request:
         while self._next >= len(self.log):
             if self.log and isinstance(self.log[-1], (RunFinished, ExtractionFinished, BaseException)):
                 raise StopIteration
-            self._wake.get()
+            # not for ever: a Ctrl-C that comes just before the wait would not end it
+            with suppress(queue.Empty):
+                self._wake.get(timeout=_PATIENCE)
         event = self.log[self._next]
         self._next += 1
         if isinstance(event, BaseException):

@@ -124,23 +124,33 @@ class Steering:
     """Mean slope of each random direction of the vector's norm."""
 
 
-def steering(model, tokenizer, behavior, pairs, train_samples, test_samples, n_random=40, seed=0):
+def choose_block(model, tokenizer, vectors, train_samples, neutral):
+    """The block with the most slope for its side effect, KL on neutral texts at coefficient 1."""
+    ends = (-1.0, 1.0)
+    scores = {}
+    for block in range(4, len(vectors) - 2):
+        vector = vectors[block : block + 1]
+        slope = slopes(propensities(model, tokenizer, train_samples, block, vector, ends), ends).mean()
+        scores[block] = slope / (0.1 + neutral_kl(model, tokenizer, neutral, block, vector[0])) if slope > 1 else 0.0
+    return max(scores, key=scores.get)
+
+
+def steering(model, tokenizer, behavior, n_random=40, seed=0):
     """Extract on training pairs, choose the block on training samples, measure on held-out ones."""
-    vectors = directions(model, tokenizer, pairs)
-    blocks = range(2, len(vectors) - 2)
-    scores = [slopes(propensities(model, tokenizer, train_samples, b, vectors[b : b + 1])[0]) for b in blocks]
-    block = max(blocks, key=lambda b: (scores[b - 2] > 0).mean() * scores[b - 2].mean())
+    vectors = directions(model, tokenizer, corpus.contrast_pairs(behavior, "train", 64))
+    train_samples = corpus.behavior_samples(behavior, "train", 8, seed=1)
+    block = choose_block(model, tokenizer, vectors, train_samples, corpus.neutral_texts(4, seed=1))
     vector = vectors[block]
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(n_random, len(vector), generator=generator)
-    random *= vector.norm() / random.norm(dim=1, keepdim=True)
-    ends = (-1.5, 1.5)
+    random_vectors = torch.randn(n_random, len(vector), generator=generator)
+    random_vectors *= vector.norm() / random_vectors.norm(dim=1, keepdim=True)
+    samples, ends = corpus.behavior_samples(behavior, "heldout", 48), (-1.5, 1.5)
     return Steering(
         behavior,
         block,
         vector,
-        slopes(propensities(model, tokenizer, test_samples, block, vector[None])[0]),
-        slopes(propensities(model, tokenizer, test_samples[:16], block, random, ends), ends).mean(1),
+        slopes(propensities(model, tokenizer, samples, block, vector[None])[0]),
+        slopes(propensities(model, tokenizer, samples[:16], block, random_vectors, ends), ends).mean(1),
     )
 
 
@@ -167,16 +177,18 @@ def generations(model, tokenizer, prompts, block, vectors, max_new_tokens=40, se
 
 
 @torch.inference_mode()
-def perplexity(model, tokenizer, prompts, continuations):
-    """Perplexity of the continuations after their prompts under the unsteered model."""
-    total, count = 0.0, 0
-    for prompt, continuation in zip(prompts, continuations, strict=True):
-        ids = torch.tensor([tokenizer.encode(prompt) + continuation])
-        logprobs = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        token_logprobs = logprobs.gather(1, ids[0, 1:, None])[:, 0]
-        total -= token_logprobs[-len(continuation) :].sum().item() if continuation else 0.0
-        count += len(continuation)
-    return float(np.exp(total / max(1, count)))
+def perplexities(model, tokenizer, prompts, continuations):
+    """Perplexity [rows] of each continuation after its prompt under the unsteered model; NaN where it is empty."""
+    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
+    rows = [prompt + new for prompt, new in zip(prompt_ids, continuations, strict=True)]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    new = torch.zeros_like(ids, dtype=torch.bool)
+    for index, (row, prompt) in enumerate(zip(rows, prompt_ids, strict=True)):
+        ids[index, : len(row)] = torch.tensor(row)
+        new[index, len(prompt) : len(row)] = True
+    logprobs = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    token_logprobs = logprobs.gather(2, ids[:, 1:, None])[..., 0]
+    return torch.exp(-(token_logprobs * new[:, 1:]).sum(1) / new[:, 1:].sum(1))
 
 
 def distinct(continuations, n=2):
@@ -217,35 +229,36 @@ def fact_results(model, tokenizer):
 @pytest.fixture(scope="session")
 def steered(model, tokenizer):
     """Steering by behavior."""
-    return {
-        behavior: steering(
-            model,
-            tokenizer,
-            behavior,
-            corpus.contrast_pairs(behavior, "train", 64),
-            corpus.behavior_samples(behavior, "train", 12, seed=1),
-            corpus.behavior_samples(behavior, "heldout", 48),
-        )
-        for behavior in corpus.BEHAVIORS
-    }
+    return {behavior: steering(model, tokenizer, behavior) for behavior in corpus.BEHAVIORS}
+
+
+@dataclass
+class SideEffects:
+    """What one coefficient does besides: nats, perplexity under the unsteered model, share of distinct bigrams."""
+
+    kl: float
+    perplexity: float
+    distinct: float
 
 
 @pytest.fixture(scope="session")
 def side_effects(model, tokenizer, steered):
-    """{behavior: {coefficient: (mean KL on neutral texts, perplexity, distinct bigrams)}}."""
-    neutral = corpus.neutral_texts(12)
-    found = {}
+    """{behavior: {coefficient: SideEffects}}; all coefficients of a behavior generate as one batch."""
+    coefficients, neutral, found = (-8.0, -1.0, 0.0, 1.0, 8.0), corpus.neutral_texts(12), {}
     for behavior, result in steered.items():
-        prompts = [sample.prompt for sample in corpus.behavior_samples(behavior, "heldout", 12)]
-        found[behavior] = {}
-        for coefficient in (-8.0, -1.0, 0.0, 1.0, 8.0):
-            vector = coefficient * result.vector
-            texts = generations(model, tokenizer, prompts, result.block, vector.expand(len(prompts), -1))
-            found[behavior][coefficient] = (
-                neutral_kl(model, tokenizer, neutral, result.block, vector),
-                perplexity(model, tokenizer, prompts, texts),
-                distinct(texts),
+        samples = corpus.behavior_samples(behavior, "heldout", 8)
+        prompts = [sample.prompt for _ in coefficients for sample in samples]
+        vectors = torch.outer(torch.tensor(coefficients).repeat_interleave(len(samples)), result.vector)
+        texts = generations(model, tokenizer, prompts, result.block, vectors)
+        found[behavior] = {
+            coefficient: SideEffects(
+                neutral_kl(model, tokenizer, neutral, result.block, coefficient * result.vector),
+                perplexities(model, tokenizer, prompts[rows], texts[rows]).nanmedian().item(),
+                distinct(texts[rows]),
             )
+            for index, coefficient in enumerate(coefficients)
+            for rows in [slice(index * len(samples), (index + 1) * len(samples))]
+        }
     return found
 
 

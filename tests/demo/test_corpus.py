@@ -146,7 +146,7 @@ def test_unknown_names_are_refused_with_what_there_is():
 
 def test_training_runs_end_to_end_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_tokenizer", lambda build=train.build_tokenizer: build(50, 300))
-    recipe = train.Recipe(steps=2, d_model=32, n_layers=2, batch_tokens=256, seq_lens=(64,))
+    recipe = train.Recipe(steps=(1, 1), d_model=32, n_layers=2, batch_tokens=256, seq_lens=(64,))
     assert train.train(recipe, tmp_path / "whole", device="cpu")["loss"] > 0
 
     class StopError(Exception):

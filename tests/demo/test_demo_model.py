@@ -107,23 +107,20 @@ def test_slope_is_beyond_random_directions_of_equal_norm(steered, behavior):
 @pytest.mark.parametrize("behavior", corpus.BEHAVIORS)
 def test_moderate_steering_keeps_the_text_fluent(side_effects, behavior):
     effects = side_effects[behavior]
-    _, base_perplexity, base_distinct = effects[0.0]
     for coefficient in (-1.0, 1.0):
-        kl, perplexity, distinct = effects[coefficient]
-        assert kl < 0.5
-        assert perplexity < 3 * base_perplexity
-        assert distinct > 0.7 * base_distinct
+        assert effects[coefficient].kl < 0.5
+        assert effects[coefficient].perplexity < 3 * effects[0.0].perplexity
+        assert effects[coefficient].distinct > 0.7 * effects[0.0].distinct
 
 
 @pytest.mark.parametrize("behavior", corpus.BEHAVIORS)
 def test_collapse_shows_in_the_kl(side_effects, behavior):
     effects = side_effects[behavior]
-    _, base_perplexity, base_distinct = effects[0.0]
     for coefficient in (-8.0, 8.0):
-        kl, perplexity, distinct = effects[coefficient]
-        assert perplexity > 3 * base_perplexity or distinct < 0.7 * base_distinct
-        assert kl > 1.0
-        assert kl > 4 * max(effects[-1.0][0], effects[1.0][0])
+        fluent = effects[coefficient].perplexity < 10 * effects[0.0].perplexity
+        assert not (fluent and effects[coefficient].distinct > 0.7 * effects[0.0].distinct)
+        assert effects[coefficient].kl > 1.0
+        assert effects[coefficient].kl > 4 * max(effects[-1.0].kl, effects[1.0].kl)
 
 
 def test_persona_is_followed_in_choices(choice_accuracy):

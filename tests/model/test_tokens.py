@@ -188,10 +188,10 @@ def test_a_target_is_an_id_or_one_token_with_or_without_its_space():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("xyz", r"target 'xyz' is 4 tokens \('Ġ' \+ 'x' \+ 'y' \+ 'z'\), a target is one"),
+        ("xyz", r"target 'xyz' is 3 tokens \('x' \+ 'y' \+ 'z'\), a target is one"),
         (260, "target id 260 is outside the vocabulary of 260"),
         (-1, "target id -1 is outside the vocabulary of 260"),
-        ("", "target"),
+        ("", "a target is empty"),
     ],
 )
 def test_a_target_that_is_no_token_is_refused_with_its_pieces(target, message):
