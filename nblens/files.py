@@ -34,7 +34,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror or 'no such file'}") from error
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a sound safetensors file: {error}") from error
 
 
@@ -51,8 +51,10 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> Path:
         # mkstemp makes a private file; a result is meant to be shared like any other
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, IsADirectoryError):
+            raise UserError(f"cannot write {path}: it is a folder") from error
         raise
     return path
 

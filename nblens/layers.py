@@ -62,6 +62,8 @@ def _resolve(spec: Any, n_blocks: int) -> Iterable[int]:
     if isinstance(spec, str):
         return [block for item in spec.split(",") for block in _resolve_item(item.strip(), spec, n_blocks)]
     if isinstance(spec, slice):
+        if spec.step == 0:
+            raise UserError(f"layers {spec!r}: the step must not be 0")
         return range(n_blocks)[spec]
     if isinstance(spec, Iterable):
         return [block for item in spec for block in _resolve(item, n_blocks)]
