@@ -8,6 +8,7 @@ block's output must give, through our readout, the model's own logits.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     lm_head = model.get_output_embeddings()
     if lm_head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no lm_head (get_output_embeddings() is None)")
+    if "cache_params" in inspect.signature(model.forward).parameters:  # state-space models
+        raise UnsupportedModelError(f"{type(model).__name__} keeps its state in another form than past_key_values")
     paths = {module: path for path, module in model.named_modules()}
     trace = _trace_tail(model, blocks, lm_head)
     if trace.logits.shape != trace.head_output.shape:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, MORE_FAMILIES, N_BLOCKS, VOCAB_SIZE, prompt_ids, tiny_model
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from nblens.errors import UnsupportedModelError
 from nblens.model.architecture import LogitTransform, find_architecture, logit_tolerance, prove
@@ -174,6 +174,11 @@ def encoder_and_decoder():
     ).eval()
 
 
+def state_space_model():
+    config = AutoConfig.for_model("mamba", vocab_size=211, hidden_size=32, num_hidden_layers=3, state_size=4)
+    return AutoModelForCausalLM.from_config(config)
+
+
 UNSUPPORTED = {
     "adds a constant": (
         lambda: with_logits(tiny_model("llama"), lambda z: z + 0.01),
@@ -212,6 +217,7 @@ UNSUPPORTED = {
         "last block did not run in a forward pass",
     ),
     "is an encoder and a decoder": (encoder_and_decoder, "T5ForConditionalGeneration"),
+    "has no KV cache": (state_space_model, "MambaForCausalLM keeps its state in another form than past_key_values"),
 }
 
 
