@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from nblens.errors import UserError
@@ -40,7 +41,7 @@ class RequestBuilder:
         prompts, single = as_prompts(prompt)
         if not prompts:
             raise UserError("the prompt is empty")
-        if not isinstance(generate, int) or generate < 0:
+        if not isinstance(generate, Integral) or generate < 0:
             raise UserError(f"the number of tokens to generate must be 0 or more, got {generate!r}")
         return tuple(self._ids(text, chat=chat, generate=generate) for text in prompts), single
 
@@ -61,15 +62,15 @@ class RequestBuilder:
     ) -> LensSpec:
         """What the lens shall read."""
         vocab_size = self.architecture.vocab_size
-        if not isinstance(top_k, int) or not 1 <= top_k <= vocab_size:
+        if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
         if lens != "logit":
             raise UserError(f"lens {lens!r} is unknown; one of logit")
-        wanted = [targets] if isinstance(targets, (str, int)) else list(targets or ())
+        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets or ())
         return LensSpec(
             blocks=parse_layers(layers, self.architecture.n_blocks),
             sites=_site_names(sites),
-            top_k=top_k,
+            top_k=int(top_k),
             target_ids=tuple(single_token(self.tokenizer, target, vocab_size) for target in wanted),
             lens=lens,
         )
@@ -95,12 +96,14 @@ class RequestBuilder:
         options: Mapping[str, Any] | None = None,
     ) -> GenerationSpec:
         """How the text shall go on; every row draws from a generator of its own with the same seed."""
-        if max_new_tokens < 1:
+        if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-        if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+        if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
-        seed = secrets.randbits(32) if seed is None else seed
-        return GenerationSpec(max_new_tokens, float(temperature), (seed,) * rows, dict(options or {}))
+        if seed is not None and not isinstance(seed, Integral):
+            raise UserError(f"seed must be a whole number, got {seed!r}")
+        seed = secrets.randbits(32) if seed is None else int(seed)
+        return GenerationSpec(int(max_new_tokens), float(temperature), (seed,) * rows, dict(options or {}))
 
     def extraction(
         self, pairs: Iterable[tuple[str, str]], *, method: str, site: str, read: str | int, chat: bool

@@ -421,6 +421,36 @@ def test_the_lens_of_a_generation_reads_what_was_fed(session):
     assert traj.next_ids[len(PROMPT) - 1 :].tolist() == expected[len(PROMPT) - 1 :].argmax(-1).tolist()
 
 
+def test_numbers_may_be_numpys(session):
+    expected = session.generate(PROMPT, 3, temperature=0.5, seed=4).token_ids
+    out = session.generate(PROMPT, np.int64(3), temperature=np.float32(0.5), seed=np.int64(4))
+    assert out.token_ids == expected
+    pairs = [("the cat sat", "a dog"), ("one day", "her house")]
+    by_number = session.extract("x", pairs, read=np.int64(-1), layers=np.int64(1)).directions[1]
+    np.testing.assert_array_equal(by_number, session.extract("y", pairs, read=-1, layers=1).directions[1])
+    assert session.lens(PROMPT, top_k=np.int64(2), targets=np.int64(9)).top_ids.shape[2] == 2
+
+
+def test_the_users_default_dtype_does_not_matter(session):
+    pairs = [("the cat sat", "a dog"), ("one day", "her house")]
+
+    def everything():
+        return [
+            session.extract("x", pairs, read="mean").directions[1],
+            session.lens(PROMPT, generate=3, steer={"v": 1.5}, targets=[9]).top_logprobs,
+            session.capture(PROMPT, steer={"v": 1.5}).numpy(),
+            session.generate(PROMPT, 4, temperature=2.0, seed=1).token_ids,
+        ]
+
+    expected, before = everything(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        for ours, normal in zip(everything(), expected, strict=True):
+            np.testing.assert_allclose(ours, normal, atol=1e-3)
+    finally:
+        torch.set_default_dtype(before)
+
+
 # capture ------------------------------------------------------------------------------------------------------------
 
 
@@ -505,6 +535,14 @@ def test_a_block_that_a_vector_has_no_direction_for_is_refused(session):
     session.vectors["one"] = SteeringVector("one", {1: V})
     with pytest.raises(UserError, match="'one' has no direction for block 0; it has 1"):
         captured(session, [Steer("one", 1.0, layers="0-1")])
+
+
+def test_the_live_setting_drops_no_vector_that_is_given_twice(session):
+    """It does what the same list would do in a call, or it refuses."""
+    twice = [Steer("v", 2.0, write="prompt"), Steer("v", -1.0, write="generated")]
+    with suppress(UserError):
+        session.steer(twice)
+        assert torch.equal(session.capture(PROMPT, generate=3), session.capture(PROMPT, generate=3, steer=twice))
 
 
 def test_a_vectors_own_positions_are_used_unless_others_are_asked_for(session):

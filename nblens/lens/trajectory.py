@@ -32,7 +32,7 @@ _PER_CELL = ("entropy", "kl_to_final", "next_logprob", "next_rank")
 _PER_CELL_MANY = ("top_ids", "top_logprobs", "target_logprobs", "target_ranks")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Trajectory:
     """What every block would have said at every token of one sequence.
 
@@ -267,7 +267,7 @@ class Trajectory:
         return render_fragment(self)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TrajectoryDiff:
     """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens)."""
 
@@ -322,7 +322,7 @@ class TrajectoryDiff:
         return plots.trajectory_grid(self, metric=metric)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Comparison:
     """The same prompt without and with steering: two rows of one batch."""
 

@@ -278,9 +278,24 @@ def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int
         **spec.options,
     }
     try:
-        return GenerationConfig(**settings)
+        config = GenerationConfig(**settings)
     except ValueError as error:
         raise UserError(f"generation options: {error}") from error
+    _check_one_pass(config)
+    return config
+
+
+def _check_one_pass(config: GenerationConfig) -> None:
+    """Refuse what needs more than one pass per token, or another loop than ours."""
+    from transformers.generation.configuration_utils import GenerationMode
+
+    if config.guidance_scale not in (None, 1):
+        raise UserError("guidance_scale is not supported: it runs the model, and so lens and steering, twice per token")
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        named = ("penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "force_words_ids", "constraints")
+        given = ", ".join(name for name in named if getattr(config, name, None) is not None)
+        raise UserError(f"{given or mode.value} is not supported: the loop decodes greedily or by sampling")
 
 
 def _sample(scores: torch.Tensor, generators: list[torch.Generator] | None) -> torch.Tensor:

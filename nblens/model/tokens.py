@@ -114,10 +114,10 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
     UserError
         The text is several tokens either way, or the id is out of range.
     """
-    if isinstance(text, int):
+    if isinstance(text, Integral):
         if not 0 <= text < vocab_size:
             raise UserError(f"target id {text} is outside the vocabulary of {vocab_size}")
-        return text
+        return int(text)
     if not text:
         raise UserError("a target is empty; give the text of one token, or its id")
     for candidate in (text, f" {text}", text.lstrip(" ")):

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -41,14 +42,14 @@ def read_weights(batch: Batch, read: str | int) -> torch.Tensor:
     UserError
         The position is unknown, or outside one of the texts.
     """
-    weights = torch.zeros(batch.input_ids.shape)
+    weights = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
     for row, length in enumerate(batch.lengths):
         first = batch.width - length
         if read == "mean":
             weights[row, first:] = 1 / length
             continue
         index = -1 if read == "last" else read
-        if not isinstance(index, int):
+        if not isinstance(index, Integral):
             raise UserError(f"read position {read!r} is unknown; one of {', '.join(READ_POSITIONS)} or an index")
         if not -length <= index < length:
             raise UserError(f"read position {index} is outside a text of {length} tokens")
@@ -62,7 +63,7 @@ class PositionReader:
     def __init__(self, n_blocks: int, weights: torch.Tensor, d_model: int) -> None:
         self._weights = weights
         self._columns = range(0)
-        self.states = torch.zeros(n_blocks, len(weights), d_model)
+        self.states = torch.zeros(n_blocks, len(weights), d_model, dtype=torch.float32)
         """float32 (n_blocks, rows, d_model) on the CPU"""
 
     def begin(self, columns: range) -> None:

@@ -105,6 +105,9 @@ class LiveSteering:
     def __call__(self, steer: Mapping[str, float] | Iterable[Steer]) -> None:
         """Set coefficients; names left out stay as they are. All are checked before any changes."""
         steers = self._vectors.steers(steer)
+        names = [item.name for item in steers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"the live setting holds one strength per vector, got {twice[0]!r} twice")
         for item in steers:
             self._vectors.write(item, (item.coefficient,))
         self._setting |= {item.name: item for item in steers}

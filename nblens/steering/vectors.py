@@ -22,7 +22,7 @@ _FORMAT = "nblens.steering_vector"
 _VERSION = 1
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class SteeringVector:
     """A direction for every block of one site; raw, never silently normalised.
 

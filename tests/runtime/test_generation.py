@@ -247,6 +247,9 @@ def test_a_run_warns_of_nothing_that_the_user_did_not_do(attach, temperature):
         ({"num_beams": 4}, "beam"),
         ({"num_return_sequences": 2, "temperature": 1.0}, "num_return_sequences"),
         ({"use_cache": False}, "use_cache"),
+        ({"guidance_scale": 1.5}, "guidance_scale"),  # would run the model, and so the hooks, a second time per token
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),  # other ways of decoding, which the loop does not do
+        ({"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
         ({"top_q": 0.5}, "'top_q' is unknown"),
         ({"repetition_penalti": 1.1, "top_p": 0.5}, "'repetition_penalti' is unknown"),
         ({"temperature": 1.0, "top_p": -0.5}, "top_p.*-0.5"),

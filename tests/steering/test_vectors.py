@@ -182,6 +182,12 @@ def test_only_vectors_of_one_shape_and_site_add_up(other, sign):
         vector() + other if sign > 0 else vector() - other
 
 
+def test_two_vectors_can_be_compared():
+    """A dataclass of arrays would ask numpy for the truth of an array."""
+    assert vector(A) != vector(B)
+    assert vector(A) not in [vector(B)]
+
+
 def test_a_vector_and_a_number_do_not_add_up():
     with pytest.raises(TypeError):
         vector() + 1
