@@ -41,8 +41,8 @@ WRITE_POSITIONS = ("all", "prompt", "generated", "last")
 
 _LARGEST = float(np.finfo(np.float32).max)
 
-LENS_METRICS = ("entropy", "kl")
-"""What a lens can compute beside the top tokens and the token that follows."""
+LENS_METRICS = ("entropy", "kl", "rank")
+"""What a lens can compute beside log-probabilities: of the top tokens, the token that follows, and targets."""
 
 
 @dataclass(frozen=True)

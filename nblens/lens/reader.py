@@ -63,6 +63,7 @@ class LensReader:
             hidden,
             top_k=self.spec.top_k,
             wanted=self._wanted(spans).to(hidden.device),
+            ranks="rank" in self.spec.metrics,
             entropy="entropy" in self.spec.metrics,
             final=final,
         )

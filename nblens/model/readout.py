@@ -1,10 +1,9 @@
-"""Residuals → top-k, log-sum-exp, entropy, KL and ranks, without ever holding a row of logits per layer and token.
+"""Residuals → top-k, log-probabilities, entropy, KL and ranks, without holding a row of logits per layer and token.
 
-The vocabulary is walked in tiles. For each tile of the lm_head's rows, every block's residuals are multiplied
-with it into one reused float32 buffer, and running statistics are brought up to date (the online softmax of
-Milakov & Gimelshein 2018, arXiv 1805.02867, extended to entropy and KL). The tile of weights stays in the
-processor's cache while all blocks use it. Memory is three tiles and the statistics, whatever the vocabulary and
-the length.
+The vocabulary is walked in tiles. For each tile of the lm_head's rows, every block's residuals are multiplied with it
+into one reused float32 buffer, which brings running statistics up to date. The tile of weights stays in the
+processor's cache while all blocks use it. Memory is three tiles and the statistics, whatever the vocabulary and the
+length.
 """
 
 from __future__ import annotations
@@ -15,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nblens.model.architecture import Architecture
+from nblens.errors import UnsupportedModelError
+from nblens.model.architecture import Architecture, logit_tolerance, output_device
+from nblens.model.online_softmax import OnlineSoftmax
 
 __all__ = ["Readout", "ReadoutResult"]
 
 _TILE_ELEMENTS = 2**20
 _TILE_COLUMNS = 4096
-# Stands for −inf in sums of p·log q: it makes 0·(−inf) a 0, and anything else so large that it is seen as infinite
-_FLOOR = -1e30
+_PROOF_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ReadoutResult:
     wanted_logprobs: torch.Tensor
     """(n_slots, n, n_wanted), nats"""
     wanted_ranks: torch.Tensor
-    """int64 (n_slots, n, n_wanted); 1 is the most likely"""
+    """int64 (n_slots, n, n_wanted); 1 is the most likely, -1: not asked for"""
 
 
 class Readout:
@@ -63,20 +63,47 @@ class Readout:
     ) -> None:
         self._architecture = architecture
         self._head = _Head(architecture, tile_elements)
-        self._tile_elements = tile_elements
-        self._tile_columns = tile_columns if self._head.sliceable else architecture.vocab_size
+        self._tile_elements, self._tile_columns = tile_elements, tile_columns
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Full logits of a few rows, float32 (n, vocab_size): for sampling checks and tests, not for lenses."""
-        normed = self._architecture.apply_tail(hidden)
-        return self._head.tile(normed, 0, self._architecture.vocab_size)
+    @torch.no_grad()
+    def prove(self) -> float:
+        """Read random residuals out by tiles of the vocabulary, and by the model's own modules; both must agree.
 
+        Returns
+        -------
+        float
+            Largest absolute difference of a logit.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The difference is beyond `logit_tolerance`: the lm_head does more than multiply with its weight.
+        """
+        architecture = self._architecture
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn((_PROOF_ROWS, architecture.d_model), generator=generator, dtype=torch.float32)
+        normed = architecture.apply_tail(hidden.to(output_device(architecture), architecture.dtype))
+        expected = architecture.transform.apply_(architecture.lm_head(normed).float())
+        tiled = torch.empty_like(expected)
+        for columns in self._tile_spans():
+            tiled[:, columns] = self._head.tile(normed, columns.start, torch.empty_like(expected[:, columns]))
+        error = (tiled - expected).abs().max().item()
+        tolerance = logit_tolerance(expected, architecture.dtype)
+        if not error <= tolerance:
+            raise UnsupportedModelError(
+                f"{architecture.family}: its {architecture.lm_head_path} differs from a product with its weight by "
+                f"{error:.3g} (allowed {tolerance:.3g})"
+            )
+        return error
+
+    @torch.no_grad()
     def read(
         self,
         hidden: torch.Tensor,
         *,
         top_k: int,
         wanted: torch.Tensor | None = None,
+        ranks: bool = True,
         entropy: bool = False,
         final: int | None = None,
     ) -> ReadoutResult:
@@ -89,24 +116,31 @@ class Readout:
         top_k : int
             How many of the most likely tokens.
         wanted : torch.Tensor, optional
-            int64 (n, n_wanted): ids whose log-probability and rank are asked for at every row; -1 for none.
-        entropy : bool
-            Compute the entropy too.
+            int64 (n, n_wanted): ids whose log-probability is asked for at every row; -1 for none.
+        ranks, entropy : bool
+            Compute the wanted ids' ranks, and the entropy, too.
         final : int, optional
             Slot that holds the last block: compute KL(slot ‖ last block) of every slot.
         """
         normed = self._normalise(hidden)
         n_slots, n = normed.shape[:2]
+        vocab_size = self._architecture.vocab_size
         if wanted is None:
             wanted = torch.empty((n, 0), dtype=torch.long, device=normed.device)
-        stats = _RunningStats(normed, min(top_k, self._architecture.vocab_size), wanted, entropy, final)
-        stats.wanted_logits = self._wanted_logits(normed, wanted)
-        order = [slot for slot in range(n_slots) if slot != final]
-        for start in range(0, self._architecture.vocab_size, self._tile_columns):
-            stop = min(start + self._tile_columns, self._architecture.vocab_size)
-            for rows in _spans(n, max(1, self._tile_elements // (stop - start))):
-                self._read_tile(stats, normed, final, order, rows, start, stop)
-        return stats.result()
+        thresholds = self._head.pick(normed, wanted.clamp(min=0)) if ranks and wanted.numel() else None
+        stats = OnlineSoftmax(
+            n_slots, min(top_k, vocab_size), wanted, thresholds=thresholds, entropy=entropy, final=final
+        )
+        tiles = _Tiles(normed, self._head, stats, final, self._tile_elements)
+        for columns in self._tile_spans():
+            tiles.read(columns.start, columns.stop)
+        top_ids, top_logprobs = stats.top
+        wanted_logprobs, wanted_ranks = stats.wanted
+        return ReadoutResult(top_ids, top_logprobs, stats.entropy, stats.kl_to_final, wanted_logprobs, wanted_ranks)
+
+    def _tile_spans(self) -> list[slice]:
+        vocab_size = self._architecture.vocab_size
+        return _spans(vocab_size, self._tile_columns if self._head.sliceable else vocab_size)
 
     def _normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the tail, in place where it keeps the width."""
@@ -116,29 +150,46 @@ class Readout:
             slots.append(slot.copy_(normed) if normed.shape == slot.shape else normed)
         return hidden if slots[0].shape == hidden[0].shape else torch.stack(slots)
 
-    def _wanted_logits(self, normed: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Logits of the wanted ids alone, (n_slots, n, n_wanted), to count what lies above them."""
-        return self._head.pick(normed, wanted.clamp(min=0))
 
-    def _read_tile(
-        self,
-        stats: _RunningStats,
-        normed: torch.Tensor,
-        final: int | None,
-        order: list[int],
-        rows: slice,
-        start: int,
-        stop: int,
+class _Tiles:
+    """Walks one range of the vocabulary after another, through buffers that live as long as the read."""
+
+    def __init__(
+        self, normed: torch.Tensor, head: _Head, stats: OnlineSoftmax, final: int | None, tile_elements: int
     ) -> None:
-        final_tile = None
-        if final is not None:
-            final_tile = self._head.tile(normed[final, rows], start, stop)
-            stats.update(slice(final, final + 1), rows, final_tile[None], start, final_tile)
-        n_rows = rows.stop - rows.start
-        per_tile = max(1, self._tile_elements // (n_rows * (stop - start)))
-        for group in _runs(order, per_tile):
-            tile = self._head.tile(normed[group, rows].flatten(0, 1), start, stop)
-            stats.update(group, rows, tile.unflatten(0, (-1, n_rows)), start, final_tile)
+        self._normed, self._head, self._stats, self._final = normed, head, stats, final
+        self._tile_elements = tile_elements
+        self._order = [slot for slot in range(len(normed)) if slot != final]
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def read(self, start: int, stop: int) -> None:
+        """Take in vocabulary entries start … stop-1 of every slot and row."""
+        columns = stop - start
+        for rows in _spans(self._normed.shape[1], max(1, self._tile_elements // columns)):
+            n_rows = rows.stop - rows.start
+            final_tile = None
+            if self._final is not None:
+                slots = slice(self._final, self._final + 1)
+                final_tile = self._update(slots, rows, start, self._buffer("final", 1, n_rows, columns), None)[0]
+            per_tile = max(1, self._tile_elements // (n_rows * columns))
+            for slots in _runs(self._order, per_tile):
+                tile = self._buffer("tile", slots.stop - slots.start, n_rows, columns)
+                self._update(slots, rows, start, tile, final_tile)
+
+    def _update(
+        self, slots: slice, rows: slice, start: int, tile: torch.Tensor, final_tile: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._head.tile(self._normed[slots, rows].flatten(0, 1), start, tile.flatten(0, 1))
+        scratch = self._buffer("scratch", *tile.shape)
+        self._stats.update(slots, rows, tile, start, scratch=scratch, final_tile=final_tile)
+        return tile
+
+    def _buffer(self, name: str, *shape: int) -> torch.Tensor:
+        """A view of the buffer of that name, made at its first use, when tiles are largest."""
+        size = torch.Size(shape).numel()
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = torch.empty(size, dtype=torch.float32, device=self._normed.device)
+        return self._buffers[name][:size].view(shape)
 
 
 class _Head:
@@ -148,24 +199,37 @@ class _Head:
         self._module = architecture.lm_head
         self._transform = architecture.transform
         self._whole_rows = max(1, tile_elements // architecture.vocab_size)
-        weight = getattr(self._module, "weight", None)
-        # An offloaded weight sits on "meta" outside its module's forward, a quantized one is not a matrix, and a
-        # user's hook on the module may change what it returns
-        self.sliceable = (
-            type(self._module) is nn.Linear
-            and not weight.is_meta
-            and type(weight.data) is torch.Tensor
-            and not self._module._forward_hooks
-            and not self._module._forward_pre_hooks
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether a product with rows of its weight is what the module would return.
+
+        An offloaded weight sits on "meta" outside its module's forward, a quantized one is not a matrix, and a user's
+        hook on the module may change what it returns.
+        """
+        module = self._module
+        return (
+            type(module) is nn.Linear
+            and not module.weight.is_meta
+            and type(module.weight.data) is torch.Tensor
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
         )
 
-    def tile(self, normed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Float32 logits of vocabulary entries start … stop-1, (n, stop-start)."""
+    def tile(self, normed: torch.Tensor, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Logits of vocabulary entries from `start` on, as many as `out`, float32 (n, columns), has room for."""
+        stop = start + out.shape[-1]
         if not self.sliceable:
-            return self._all(normed)[..., start:stop]
+            return out.copy_(self._all(normed)[..., start:stop])
+        weight = self._module.weight[start:stop]
         bias = None if self._module.bias is None else self._module.bias[start:stop]
-        logits = F.linear(normed, self._module.weight[start:stop], bias).float()
-        return self._transform.apply_(logits)
+        if normed.dtype != torch.float32:
+            out.copy_(F.linear(normed, weight, bias))
+        elif bias is None:
+            torch.mm(normed, weight.T, out=out)
+        else:
+            torch.addmm(bias, normed, weight.T, out=out)
+        return self._transform.apply_(out)
 
     def pick(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Float32 logits of chosen ids per row, (n_slots, n, d), (n, m) → (n_slots, n, m).
@@ -184,111 +248,6 @@ class _Head:
 
     def _all(self, normed: torch.Tensor) -> torch.Tensor:
         return self._transform.apply_(self._module(normed).float())
-
-
-class _RunningStats:
-    """Online softmax statistics of (n_slots, n) rows over tiles of the vocabulary.
-
-    With m the running maximum: `total` = Σ e^(z−m), `spread` = Σ e^(z−m)·(z−m), `cross` = Σ e^(z−m)·(z_f−m_f),
-    where z_f are the last block's logits and m_f their running maximum.
-    """
-
-    def __init__(
-        self, normed: torch.Tensor, top_k: int, wanted: torch.Tensor, entropy: bool, final: int | None
-    ) -> None:
-        shape, device = normed.shape[:2], normed.device
-        self._top_k, self._wanted, self._final = top_k, wanted, final
-        self._entropy = entropy
-        self.wanted_logits: torch.Tensor
-        lowest = torch.finfo(torch.float32).min  # finite, so that a tile of −inf leaves no NaN
-        self._max = torch.full(shape, lowest, device=device)
-        self._total = torch.zeros(shape, device=device)
-        self._spread = torch.zeros(shape, device=device)
-        self._cross = torch.zeros(shape, device=device)
-        self._top_values = torch.empty((*shape, top_k), device=device)
-        self._top_ids = torch.empty((*shape, top_k), dtype=torch.long, device=device)
-        self._found = torch.full((*shape, wanted.shape[1]), -torch.inf, device=device)
-        self._above = torch.zeros((*shape, wanted.shape[1]), dtype=torch.long, device=device)
-        self._final_max = torch.full(shape[1:], lowest, device=device)
-        self._final_shrink = torch.zeros(0)
-
-    def update(
-        self, slots: slice, rows: slice, tile: torch.Tensor, start: int, final_tile: torch.Tensor | None
-    ) -> None:
-        """Take in a tile, (slots, rows, columns), of which `final_tile`, (rows, columns), is the last block's.
-
-        The last block itself must come first.
-        """
-        place = (slots, rows)
-        self._update_top(place, tile, start)
-        self._update_wanted(place, tile, start)
-        new_max = torch.maximum(self._max[place], tile.amax(-1))
-        shrink = (self._max[place] - new_max).clamp_(min=_FLOOR)  # −inf at the first tile
-        self._max[place] = new_max
-        scale = shrink.exp()
-        shifted = tile.sub(new_max[..., None]).clamp_(min=_FLOOR)
-        weights = shifted.exp()
-        if self._final is not None:
-            self._update_cross(place, weights, scale, final_tile)
-        if self._entropy or self._final is not None:
-            old = self._spread[place] + self._total[place] * shrink
-            self._spread[place] = old * scale + (weights * shifted).sum(-1)
-        self._total[place] = self._total[place] * scale + weights.sum(-1)
-
-    def _update_cross(
-        self, place: tuple[slice, slice], weights: torch.Tensor, scale: torch.Tensor, final_tile: torch.Tensor
-    ) -> None:
-        slots, rows = place
-        if slots == slice(self._final, self._final + 1):
-            new = torch.maximum(self._final_max[rows], final_tile.amax(-1))
-            self._final_shrink = (self._final_max[rows] - new).clamp_(min=_FLOOR)
-            self._final_max[rows] = new
-        shifted = final_tile.sub(self._final_max[rows][:, None]).clamp_(min=_FLOOR)
-        old = self._cross[place] + self._total[place] * self._final_shrink
-        self._cross[place] = old * scale + torch.einsum("snv,nv->sn", weights, shifted)
-
-    def _update_top(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
-        before = min(self._top_k, start)  # entries of the running top-k that are filled
-        after = min(self._top_k, start + tile.shape[-1])
-        values, ids = tile.topk(min(self._top_k, tile.shape[-1]), dim=-1)
-        values = torch.cat([self._top_values[place][..., :before], values], -1)
-        ids = torch.cat([self._top_ids[place][..., :before], ids + start], -1)
-        values, order = values.topk(after, dim=-1)
-        self._top_values[place][..., :after] = values
-        self._top_ids[place][..., :after] = ids.gather(-1, order)
-
-    def _update_wanted(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
-        for i in range(self._wanted.shape[1]):
-            ids = self._wanted[place[1], i]
-            above = (tile > self.wanted_logits[(*place, i)][..., None]).sum(-1)
-            inside = (ids >= start) & (ids < start + tile.shape[-1])
-            column = (ids - start).clamp(0, tile.shape[-1] - 1)
-            own = tile.gather(-1, column.expand(tile.shape[:2])[..., None])[..., 0]
-            # A token is never above itself, though its logit here may differ from `wanted_logits` by a rounding
-            self._above[(*place, i)] += above - (inside & (own > self.wanted_logits[(*place, i)])).long()
-            self._found[(*place, i)] = torch.where(inside, own, self._found[(*place, i)])
-
-    def result(self) -> ReadoutResult:
-        """Turn sums into log-probabilities, entropies, divergences and ranks."""
-        log_total = self._total.log()
-        normaliser = (self._max + log_total)[..., None]
-        missing = (self._wanted < 0).expand(self._found.shape)
-        entropy = kl = None
-        if self._entropy:
-            entropy = (log_total - self._spread / self._total).clamp_(min=0)
-        if self._final is not None:
-            kl = (self._spread - self._cross) / self._total - log_total + log_total[self._final]
-            kl = kl.clamp_(min=0)  # rounding may leave −1e-7
-            kl[self._final] = 0.0
-            kl[kl > -_FLOOR / 1e10] = torch.inf
-        return ReadoutResult(
-            top_ids=self._top_ids,
-            top_logprobs=self._top_values - normaliser,
-            entropy=entropy,
-            kl_to_final=kl,
-            wanted_logprobs=(self._found - normaliser).masked_fill(missing, torch.nan),
-            wanted_ranks=(self._above + 1).masked_fill(missing, -1),
-        )
 
 
 def _spans(n: int, size: int) -> list[slice]:

@@ -67,6 +67,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.architecture = find_architecture(model)
         self.readout = Readout(self.architecture)
+        self.readout.prove()
         self._pad_id = pad_id
 
     @torch.no_grad()

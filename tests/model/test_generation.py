@@ -168,15 +168,21 @@ def test_lens_and_generation_feed_every_token_once(attach, run_spec, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_model_never_projects_a_prompt_to_logits(attach, run_spec, family):
+def test_the_model_never_projects_a_prompt_to_logits(attach, run_spec, monkeypatch, family):
     session = attach(model_of(family))
-    projected = []
+    projected, lm_head = [], session.architecture.lm_head
+    project = lm_head.forward
+
+    def counting(hidden):
+        projected.append(hidden[..., 0].numel())
+        return project(hidden)
+
+    monkeypatch.setattr(lm_head, "forward", counting)
     lens = RunSpec((tuple(prompt_ids(10)), tuple(prompt_ids(7))), lens=LENS, chunk=8)
-    with session.architecture.lm_head.register_forward_hook(lambda _, args, out: projected.append(out[..., 0].numel())):
-        run_spec(session, lens)
-        assert sum(projected) == 0
-        projected.clear()
-        run_spec(session, RunSpec(lens.prompts, lens=LENS, generation=greedy(4), chunk=8))
+    run_spec(session, lens)
+    assert sum(projected) == 0
+    projected.clear()
+    run_spec(session, RunSpec(lens.prompts, lens=LENS, generation=greedy(4), chunk=8))
     assert [n for n in projected if n] == [2, 2, 2, 2]  # one row of each, at the four steps that were sampled from
 
 

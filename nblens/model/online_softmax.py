@@ -1,0 +1,201 @@
+"""`OnlineSoftmax`: top-k, log-sum-exp, entropy, KL and ranks of many rows, brought up to date tile by tile.
+
+The online softmax of Milakov & Gimelshein 2018 (arXiv 1805.02867), extended to entropy and KL. With m a row's running
+maximum over the columns seen so far,
+
+    total = Σ e^(z−m)      spread = Σ e^(z−m)·(z−m)      cross = Σ e^(z−m)·(z_f−m_f)
+
+where z_f are the last block's logits and m_f their running maximum. A tile is worked on in place: a temporary of its
+size would cost more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["OnlineSoftmax", "top_of_rows"]
+
+# Stands for −inf in sums of p·log q: it makes 0·(−inf) a 0, and anything else so large that it is seen as infinite
+_FLOOR = -1e30
+_GROUP = 64  # columns whose maximum is looked at before the columns themselves
+
+
+class OnlineSoftmax:
+    """Running statistics of (n_slots, n) rows of logits.
+
+    Parameters
+    ----------
+    n_slots : int
+        Places that are read (blocks).
+    top_k : int
+        How many of the largest logits to keep.
+    wanted : torch.Tensor
+        int64 (n, n_wanted): ids whose logits are kept at every row; -1 for none.
+    thresholds : torch.Tensor, optional
+        float32 (n_slots, n, n_wanted), the wanted ids' logits: count what lies above them.
+    entropy : bool
+        Compute the entropy too.
+    final : int, optional
+        Slot of the last block: compute KL(slot ‖ last block).
+    """
+
+    def __init__(
+        self,
+        n_slots: int,
+        top_k: int,
+        wanted: torch.Tensor,
+        *,
+        thresholds: torch.Tensor | None = None,
+        entropy: bool = False,
+        final: int | None = None,
+    ) -> None:
+        self._top_k, self._wanted, self._thresholds = top_k, wanted, thresholds
+        self._entropy, self._final = entropy, final
+        rows, many = (n_slots, len(wanted)), (n_slots, *wanted.shape)
+
+        def filled(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=wanted.device)
+
+        self._max = filled(rows, torch.finfo(torch.float32).min)  # finite, so that a tile of −inf leaves no NaN
+        self._total = filled(rows, 0)
+        self._spread = filled(rows, 0)
+        self._cross = filled(rows, 0)
+        self._final_shrink = filled(rows[1:], 0)
+        self._top_values = filled((*rows, top_k), 0)
+        self._top_ids = filled((*rows, top_k), 0, torch.long)
+        self._found = filled(many, -torch.inf)
+        self._above = filled(many, 0, torch.long)
+
+    def update(
+        self,
+        slots: slice,
+        rows: slice,
+        tile: torch.Tensor,
+        start: int,
+        *,
+        scratch: torch.Tensor,
+        final_tile: torch.Tensor | None = None,
+    ) -> None:
+        """Take in the logits of columns `start` … of some rows.
+
+        Parameters
+        ----------
+        slots, rows : slice
+            What the tile is of. Of every tile, the last block comes first.
+        tile : torch.Tensor
+            float32 (slots, rows, columns); **overwritten**: the running maximum is taken off.
+        scratch : torch.Tensor
+            Memory of the tile's shape.
+        final_tile : torch.Tensor, optional
+            (rows, columns): the last block's tile as its own update left it.
+        """
+        place = (slots, rows)
+        self._update_top(place, tile, start)
+        self._update_wanted(place, tile, start)
+        # the largest logit so far is the first of the running top-k
+        new_max = self._top_values[place][..., 0].clamp(min=torch.finfo(torch.float32).min)
+        shrink = (self._max[place] - new_max).clamp_(min=_FLOOR)  # −inf at the first tile
+        self._max[place] = new_max
+        shifted = tile.sub_(new_max[..., None])
+        if self._entropy or self._final is not None:
+            self._update_sums(place, shifted, shrink, scratch, final_tile)
+        else:
+            self._total[place] = self._total[place] * shrink.exp() + shifted.exp_().sum(-1)
+
+    def _update_sums(
+        self,
+        place: tuple[slice, slice],
+        shifted: torch.Tensor,
+        shrink: torch.Tensor,
+        scratch: torch.Tensor,
+        final_tile: torch.Tensor | None,
+    ) -> None:
+        """Rescale the sums to the new maxima, then add the tile's share."""
+        scale = shrink.exp()
+        weights = torch.exp(shifted.clamp_(min=_FLOOR), out=scratch)
+        before = self._total[place]
+        total = before * scale + weights.sum(-1)
+        spread = (self._spread[place] + before * shrink) * scale
+        if final_tile is None:
+            self._final_shrink[place[1]] = shrink[0]
+            self._spread[place] = spread + weights.mul_(shifted).sum(-1)  # `shifted` is needed by the other slots
+        else:
+            cross = (self._cross[place] + before * self._final_shrink[place[1]]) * scale
+            self._spread[place] = spread + shifted.mul_(weights).sum(-1)
+            self._cross[place] = cross + weights.mul_(final_tile).sum(-1)
+        self._total[place] = total
+
+    def _update_top(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
+        before = min(self._top_k, start)  # entries of the running top-k that are filled
+        after = min(self._top_k, start + tile.shape[-1])
+        values, columns = top_of_rows(tile, min(self._top_k, tile.shape[-1]))
+        values = torch.cat([self._top_values[place][..., :before], values], -1)
+        ids = torch.cat([self._top_ids[place][..., :before], columns + start], -1)
+        values, order = values.topk(after, dim=-1)
+        self._top_values[place][..., :after] = values
+        self._top_ids[place][..., :after] = ids.gather(-1, order)
+
+    def _update_wanted(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
+        for i in range(self._wanted.shape[1]):
+            ids, at = self._wanted[place[1], i], (*place, i)
+            inside = (ids >= start) & (ids < start + tile.shape[-1])
+            column = (ids - start).clamp(0, tile.shape[-1] - 1)
+            own = tile.gather(-1, column.expand(tile.shape[:2])[..., None])[..., 0]
+            self._found[at] = torch.where(inside, own, self._found[at])
+            if self._thresholds is not None:
+                threshold = self._thresholds[at]
+                # a token is never above itself, though its logit here may differ from the threshold by a rounding
+                itself = inside & (own > threshold)
+                self._above[at] += (tile > threshold[..., None]).sum(-1) - itself.long()
+
+    @property
+    def top(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and log-probabilities of the largest, (n_slots, n, k)."""
+        return self._top_ids, self._top_values - self._normaliser
+
+    @property
+    def wanted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and ranks of the wanted ids, (n_slots, n, n_wanted); NaN and -1 where there is none."""
+        missing = (self._wanted < 0).expand(self._found.shape)
+        logprobs = (self._found - self._normaliser).masked_fill(missing, torch.nan)
+        ranks = self._above + 1 if self._thresholds is not None else torch.full_like(self._above, -1)
+        return logprobs, ranks.masked_fill(missing, -1)
+
+    @property
+    def entropy(self) -> torch.Tensor | None:
+        """Nats, (n_slots, n)."""
+        return (self._total.log() - self._spread / self._total).clamp_(min=0) if self._entropy else None
+
+    @property
+    def kl_to_final(self) -> torch.Tensor | None:
+        """KL(slot ‖ last block), nats, (n_slots, n)."""
+        if self._final is None:
+            return None
+        log_total = self._total.log()
+        kl = (self._spread - self._cross) / self._total - log_total + log_total[self._final]
+        kl = kl.clamp_(min=0)  # rounding may leave −1e-7
+        kl[self._final] = 0.0
+        return kl.masked_fill_(kl > -_FLOOR / 1e10, torch.inf)
+
+    @property
+    def _normaliser(self) -> torch.Tensor:
+        return (self._max + self._total.log())[..., None]
+
+
+def top_of_rows(tile: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest k of every row, values and columns, as `torch.topk`.
+
+    The k largest lie in the k groups of columns with the largest maxima, and a maximum is found several times faster
+    than a top-k.
+    """
+    n_groups = tile.shape[-1] // _GROUP
+    if 4 * k > n_groups:
+        return tile.topk(k, dim=-1)
+    grouped = tile[..., : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
+    groups = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
+    inside = torch.arange(_GROUP, device=tile.device)
+    columns = (groups[..., None] * _GROUP + inside).flatten(-2)
+    ungrouped = torch.arange(n_groups * _GROUP, tile.shape[-1], device=tile.device)
+    columns = torch.cat([columns, ungrouped.expand(*columns.shape[:-1], -1)], -1)
+    values, place = tile.gather(-1, columns).topk(k, dim=-1)
+    return values, columns.gather(-1, place)
