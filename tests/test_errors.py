@@ -54,7 +54,7 @@ MISTAKES = {
     "layers unreadable": (lambda s: s.lens(TEXT, layers="middle"), r"'middle'.*for example"),
     "layers empty": (lambda s: s.lens(TEXT, layers="2:2"), r"'2:2' name no block; the model has blocks 0-2"),
     "layers of another type": (lambda s: s.lens(TEXT, layers=1.5), r"1\.5 cannot be read; give an int"),
-    "unknown site": (lambda s: s.lens(TEXT, sites="mlp_in"), r"'mlp_in' is unknown; one of resid_pre, resid_post"),
+    "unknown site": (lambda s: s.lens(TEXT, sites="mlp_in"), r"'mlp_in' is unknown; one of resid_pre, ln1_out"),
     "unknown site among known": (
         lambda s: s.capture(TEXT, sites=["resid_pre", "x"]),
         r"'x' is unknown; one of resid_pre",

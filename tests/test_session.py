@@ -612,7 +612,7 @@ def test_vectors_of_another_model_are_refused_with_both_shapes(session):
 
 
 def test_a_vector_of_a_site_that_the_model_has_not_is_refused_when_it_is_stored(session):
-    with pytest.raises(UserError, match=r"'mlp_in'.*resid_pre, resid_post"):
+    with pytest.raises(UserError, match=r"'mlp_in'.*resid_pre, ln1_out"):
         session.vectors["odd"] = vector_of(site="mlp_in")
     assert "odd" not in session.vectors
 

@@ -27,7 +27,9 @@ __all__ = [
     "find_architecture",
     "input_device",
     "logit_tolerance",
+    "named_scale",
     "output_device",
+    "probe_logits",
     "prove",
 ]
 
@@ -146,7 +148,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
         return injected[-1]
 
     with Instrumentation([HookPoint(architecture.blocks[-1], edit=inject)]):
-        expected = _probe_logits(model).float()
+        expected = probe_logits(model).float()
     if not injected:
         raise UnsupportedModelError(f"the last of {architecture.blocks_path} did not run in a forward pass")
     try:
@@ -249,7 +251,7 @@ def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Modul
         h for m in model.modules() for h in (m.register_forward_pre_hook(started), m.register_forward_hook(ended))
     ]
     try:
-        logits = _probe_logits(model)
+        logits = probe_logits(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -259,7 +261,8 @@ def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Modul
     return _Trace(tuple(tail), residuals[-1], head_outputs[-1], logits)
 
 
-def _probe_logits(model: PreTrainedModel) -> torch.Tensor:
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of one tiny forward pass over random tokens, (rows, tokens, vocab_size), in evaluation mode."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (_PROBE_ROWS, _PROBE_TOKENS), generator=generator)
@@ -288,10 +291,10 @@ def _find_transform(model: PreTrainedModel, trace: _Trace) -> LogitTransform:
         clear = logits.abs() < 0.9 * softcap
         raw, uncapped = raw[clear], torch.atanh(logits[clear] / softcap) * softcap
     scale = (uncapped * raw).sum() / (raw * raw).sum().clamp(min=1e-30)
-    return LogitTransform(_snap(scale.item(), config), softcap)
+    return LogitTransform(named_scale(scale.item(), config), softcap)
 
 
-def _snap(scale: float, config: Any) -> float:
+def named_scale(scale: float, config: Any) -> float:
     """The exact value behind a measured scale: 1, or a number of the config or its inverse."""
     numbers = [v for v in config.to_dict().values() if isinstance(v, (int, float)) and not isinstance(v, bool) and v]
     named = [1.0, *map(float, numbers), *(1 / v for v in numbers)]

@@ -29,12 +29,18 @@ class HookPoint:
         Gets the activation, returns what the model shall go on with.
     capture : callable, optional
         Gets the activation after the edit: what is recorded is what the model used.
+    scale : float
+        What the captured activation is multiplied with, because the model will do so.
+    rows : int, optional
+        The module's tensor is flat, (rows · width, d_model), and so many rows are to be told apart.
     """
 
     module: nn.Module
     end: Literal["output", "input"] = "output"
     edit: Edit | None = None
     capture: Capture | None = None
+    scale: float = 1.0
+    rows: int | None = None
 
 
 class Instrumentation:
@@ -76,9 +82,26 @@ def hidden_of(output: Any) -> torch.Tensor:
 
 
 def _attach(point: HookPoint) -> torch.utils.hooks.RemovableHandle:
+    edit, capture = point.edit, point.capture
+    if capture is not None and point.scale != 1.0:
+        capture = _scaled(capture, point.scale)
+    if point.rows is not None:
+        edit, capture = _by_rows(edit, capture, point.rows)
     if point.end == "output":
-        return point.module.register_forward_hook(_output_hook(point.edit, point.capture))
-    return point.module.register_forward_pre_hook(_input_hook(point.edit, point.capture), with_kwargs=True)
+        return point.module.register_forward_hook(_output_hook(edit, capture))
+    return point.module.register_forward_pre_hook(_input_hook(edit, capture), with_kwargs=True)
+
+
+def _scaled(capture: Capture, scale: float) -> Capture:
+    return lambda hidden: capture(hidden * scale)
+
+
+def _by_rows(edit: Edit | None, capture: Capture | None, rows: int) -> tuple[Edit | None, Capture | None]:
+    """The same callables for a flat tensor."""
+    return (
+        edit and (lambda hidden: edit(hidden.unflatten(0, (rows, -1))).flatten(0, 1)),
+        capture and (lambda hidden: capture(hidden.unflatten(0, (rows, -1)))),
+    )
 
 
 def _output_hook(edit: Edit | None, capture: Capture | None) -> Callable[..., Any]:

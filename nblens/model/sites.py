@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from nblens.errors import UserError
 from nblens.model.architecture import Architecture
 
-__all__ = ["SITES", "SiteLocation", "check_site", "locate"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["INNER_SITES", "SITES", "BlockSites", "SiteLocation", "SiteMap", "check_site"]
 
 SITES = {
     "resid_pre": "the residual stream entering the block",
+    "ln1_out": "output of the norm before attention",
+    "attn_out": "what attention adds to the residual stream",
+    "resid_mid": "the residual stream between attention and MLP",
+    "ln2_out": "output of the norm before the MLP",
+    "mlp_out": "what the MLP adds to the residual stream",
     "resid_post": "the residual stream leaving the block",
 }
-"""TransformerLens' names. Sites inside a block are added by giving `locate` their place."""
+"""TransformerLens' names, in the order in which a sequential block passes them."""
+INNER_SITES = tuple(site for site in SITES if site not in ("resid_pre", "resid_post"))
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,60 @@ class SiteLocation:
     """The module whose input or output a site is."""
 
     module: nn.Module
-    end: Literal["input", "output"]
+    end: Literal["input", "output"] = "output"
+    scale: float = 1.0
+    """what the block multiplies it with before adding it to the residual stream (granite's residual_multiplier)"""
+    flat: bool = False
+    """it has shape (rows · width, d_model)"""
+    written_at: SiteLocation | None = None
+    """where a vector is added to change the site, when changing this very tensor would not: a norm reads a copy of the
+    residual stream"""
+
+
+@dataclass(frozen=True)
+class BlockSites:
+    """Where the inner sites of one block are, and why some are not there."""
+
+    found: dict[str, SiteLocation] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """site → reason"""
+
+
+class SiteMap:
+    """Finds sites; those inside the blocks at first use, with one tiny forward pass."""
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self._model, self._architecture = model, architecture
+        self._blocks: list[BlockSites] | None = None
+
+    def locate(self, site: str, block: int) -> SiteLocation:
+        """Where to hook a site of one block.
+
+        Raises
+        ------
+        UserError
+            The site is unknown, or this block has none.
+        """
+        module = self._architecture.blocks[block]
+        if check_site(site) == "resid_pre":
+            return SiteLocation(module, "input")
+        if site == "resid_post":
+            return SiteLocation(module, "output")
+        sites = self.blocks[block]
+        if site not in sites.found:
+            raise UserError(
+                f"block {block} of this {self._architecture.family} model has no {site}: {sites.missing[site]}"
+            )
+        return sites.found[site]
+
+    @property
+    def blocks(self) -> list[BlockSites]:
+        """The inner sites of every block."""
+        if self._blocks is None:
+            from nblens.model.block_anatomy import find_inner_sites
+
+            self._blocks = find_inner_sites(self._model, self._architecture)
+        return self._blocks
 
 
 def check_site(site: str) -> str:
@@ -32,9 +94,3 @@ def check_site(site: str) -> str:
     if site not in SITES:
         raise UserError(f"site {site!r} is unknown; one of {', '.join(SITES)}")
     return site
-
-
-def locate(architecture: Architecture, site: str, block: int) -> SiteLocation:
-    """Where to hook a site of one block."""
-    end: Literal["input", "output"] = "input" if check_site(site) == "resid_pre" else "output"
-    return SiteLocation(architecture.blocks[block], end)

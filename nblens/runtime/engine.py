@@ -16,7 +16,7 @@ from nblens.model.capture import CaptureBuffer, RowSpan
 from nblens.model.generation import Batch, Step, SteppingLoop, generate_text
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.model.readout import Readout
-from nblens.model.sites import locate
+from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.backend import Control
 from nblens.specs import (
     ActivationSlice,
@@ -68,6 +68,7 @@ class Engine:
         self.architecture = find_architecture(model)
         self.readout = Readout(self.architecture)
         self.readout.prove()
+        self.sites = SiteMap(model, self.architecture)
         self._pad_id = pad_id
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class Engine:
         def attempt(chunk: int) -> torch.Tensor:
             reader = PositionReader(self.architecture.n_blocks, weights, self.architecture.d_model)
             points = [
-                self._point(spec.site, block, capture=reader.writer(block))
+                _hook_point(self.sites.locate(spec.site, block), batch.rows, capture=reader.writer(block))
                 for block in range(self.architecture.n_blocks)
             ]
             with Instrumentation(points):
@@ -149,22 +150,27 @@ class Engine:
 
         return DynamicCache(config=self.model.config)
 
-    def _point(self, site: str, block: int, **what: Callable) -> HookPoint:
-        location = locate(self.architecture, site, block)
-        return HookPoint(location.module, location.end, **what)
-
-    def hook_points(self, bank: SteeringBank, buffer: CaptureBuffer | None, places: dict[str, Sequence[int]]):
-        """One hook per site and block: steering first, then capture."""
+    def hook_points(
+        self, bank: SteeringBank, buffer: CaptureBuffer | None, places: dict[str, Sequence[int]], rows: int
+    ) -> list[HookPoint]:
+        """Hooks of every site and block: steering first, then capture."""
         wanted = {(site, block) for site, blocks in places.items() for block in blocks}
-        return [
-            self._point(
-                site,
-                block,
-                edit=bank.editor(site, block) if (site, block) in bank.places else None,
-                capture=buffer.writer(site, block) if (site, block) in wanted else None,
-            )
-            for site, block in sorted({*wanted, *bank.places})
-        ]
+        points = []
+        for site, block in sorted({*wanted, *bank.places}):
+            place = self.sites.locate(site, block)
+            written = place.written_at or place
+            edit = bank.editor(site, block, written.scale) if (site, block) in bank.places else None
+            capture = buffer.writer(site, block) if (site, block) in wanted else None
+            if written is place:
+                points.append(_hook_point(place, rows, edit=edit, capture=capture))
+            else:
+                points.append(_hook_point(written, rows, edit=edit))
+                points.append(_hook_point(place, rows, capture=capture))
+        return points
+
+
+def _hook_point(place: SiteLocation, rows: int, **what: Callable) -> HookPoint:
+    return HookPoint(place.module, place.end, scale=place.scale, rows=rows if place.flat else None, **what)
 
 
 class _Reading:
@@ -209,7 +215,7 @@ class _Run:
         began = time.perf_counter()
         engine, spec = self._engine, self._spec
         self._buffer = self._new_buffer() if self._places else None
-        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places)):
+        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places, self._batch.rows)):
             loop = SteppingLoop(engine.model, self._batch, self, width=self._width)
             if spec.generation is None:
                 loop.prefill(engine.new_cache())

@@ -97,8 +97,11 @@ class SteeringBank:
         }
         self._width = len(columns)
 
-    def editor(self, site: str, block: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The callable that a hook passes the activation through, (rows, width, d_model)."""
+    def editor(self, site: str, block: int, scale: float = 1.0) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The callable that a hook passes the activation through, (rows, width, d_model).
+
+        The model multiplies what it returns with `scale` before it adds it to the residual stream.
+        """
         deltas = self._places[site, block].deltas
 
         def edit(hidden: torch.Tensor) -> torch.Tensor:
@@ -108,11 +111,12 @@ class SteeringBank:
                     continue
                 if delta.value.device != hidden.device:
                     delta.value = delta.value.to(hidden.device)
+                value = delta.value if scale == 1.0 else delta.value / scale
                 if columns.stop - columns.start == self._width:
-                    hidden = hidden + delta.value
+                    hidden = hidden + value
                 else:
                     hidden = hidden.clone()
-                    hidden[:, columns] += delta.value
+                    hidden[:, columns] += value
             return hidden
 
         return edit

@@ -182,7 +182,7 @@ def test_save_to_a_folder_is_one_line(refused, session, tmp_path):
         ("%%lens the cat\nsat", "the prompt of a cell is its body; 'the cat' stands on the magic's line"),
         ("%lens --layers 7 the cat", "layer 7 is out of range; the model has blocks 0-2"),
         ("%lens --layers x the cat", "layers 'x': cannot read 'x'"),
-        ("%lens --sites nowhere the cat", "site 'nowhere' is unknown; one of resid_pre, resid_post"),
+        ("%lens --sites nowhere the cat", "site 'nowhere' is unknown; one of resid_pre, ln1_out"),
         ("%lens --steer gloomy=1 the cat", "steering vector 'gloomy' is unknown; there is none yet"),
         ("%lens --steer gloomy the cat", "steering is set as NAME=NUMBER, such as cheerful=1.5; got 'gloomy'"),
         ("%lens --top-k 0 the cat", "top_k must be between 1 and"),

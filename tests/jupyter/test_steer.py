@@ -146,7 +146,7 @@ def test_a_stopped_extraction_is_one_line(run, session, shell, monkeypatch):
         ("%%steer v\nhappy", "line 2: begin with + or -, then the text; got 'happy'"),
         ("%%steer v\n\n", "there are no contrast pairs"),
         ("%%steer v --method nope\n+ a\n- b", "extraction method 'nope' is unknown; one of mean_diff"),
-        ("%%steer v --site nope\n+ a\n- b", "site 'nope' is unknown; one of resid_pre, resid_post"),
+        ("%%steer v --site nope\n+ a\n- b", "site 'nope' is unknown; one of resid_pre, ln1_out"),
         ("%%steer v --layers 9\n+ a\n- b", "layer 9 is out of range; the model has blocks 0-2"),
         ("%%steer v --read 99\n+ a\n- b", "read position 99 is outside a text"),
         ("%%steer v --read nope\n+ a\n- b", "read position 'nope' is unknown"),

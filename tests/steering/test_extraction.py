@@ -332,7 +332,7 @@ def test_malformed_pairs_are_refused_by_number_and_nothing_is_kept(session, pair
     ("options", "message"),
     [
         ({"method": "pca"}, "'pca' is unknown; one of mean_diff"),
-        ({"site": "mlp_in"}, "'mlp_in' is unknown; one of resid_pre, resid_post"),
+        ({"site": "mlp_in"}, "'mlp_in' is unknown; one of resid_pre, ln1_out"),
         ({"read": "first"}, "'first' is unknown; one of last, mean or an index"),
         ({"read": 99}, "position 99 is outside a text of"),
         ({"layers": 3}, "layer 3 is out of range; the model has blocks 0-2"),

@@ -129,7 +129,7 @@ def test_a_coefficient_of_zero_is_no_steering_to_the_bit(family, new_tokens, chu
 def test_a_coefficient_of_zero_gives_the_same_logits_in_bfloat16():
     engine = Engine(endless_model("llama", dtype=torch.bfloat16), pad_id=2)
     logits = []
-    handle = engine.model.lm_head.register_forward_hook(lambda m, a, out: logits.append(out.clone()))
+    handle = engine.model.register_forward_hook(lambda m, a, out: logits.append(out.logits.clone()))
     bare = run_engine(engine, PROMPTS, new_tokens=4)
     n_bare = len(logits)
     steered = run_engine(engine, PROMPTS, write("v", 1, V, (0, 0, 0)), new_tokens=4)
