@@ -11,7 +11,7 @@ import numpy as np
 
 from nblens.errors import FileFormatError, UserError
 
-__all__ = ["read_safetensors", "replace_file", "write_safetensors"]
+__all__ = ["read_safetensors", "replace_file", "umask", "write_safetensors"]
 
 
 def write_safetensors(
@@ -49,7 +49,7 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> Path:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         # mkstemp makes a private file; a result is meant to be shared like any other
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~umask())
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -59,7 +59,8 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> Path:
     return path
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

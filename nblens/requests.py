@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,24 @@ class RequestBuilder:
             raise UserError(f"lens option {unknown[0]!r} is unknown; one of {', '.join(known)}")
         return self.lens(**options)
 
-    def capture(self, layers: Any, sites: str | Sequence[str]) -> CaptureSpec:
-        """Which activations shall be kept."""
-        return CaptureSpec(parse_layers(layers, self.architecture.n_blocks), _site_names(sites))
+    def capture(
+        self,
+        layers: Any,
+        sites: str | Sequence[str],
+        positions: Any = None,
+        to: str | os.PathLike[str] | None = None,
+        *,
+        prompts: Sequence[Ids],
+        generate: int,
+    ) -> CaptureSpec:
+        """Which activations shall be kept, of which tokens."""
+        kept = () if positions is None else tuple(_positions(positions, len(ids), generate) for ids in prompts)
+        return CaptureSpec(
+            blocks=parse_layers(layers, self.architecture.n_blocks),
+            sites=_site_names(sites),
+            positions=kept,
+            to=None if to is None else os.path.abspath(os.path.expanduser(to)),
+        )
 
     def generation(
         self,
@@ -129,6 +145,26 @@ class RequestBuilder:
     def _ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
         room = None if self.context is None else max(0, self.context - generate)
         return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
+
+
+def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
+    """Absolute positions that a spec names; negative indices count from the prompt's end."""
+    fed = range(prompt_length + max(0, generate - 1))
+    named = {
+        "prompt": fed[:prompt_length],
+        "generated": fed[prompt_length:],
+        "last": fed[prompt_length - 1 : prompt_length],
+    }
+    if isinstance(spec, str):
+        if spec not in named:
+            raise UserError(f"positions {spec!r} are unknown; one of {', '.join(named)}, or indices, or a slice")
+        return tuple(named[spec])
+    if isinstance(spec, slice):
+        return tuple(fed[spec])
+    indices = [spec] if isinstance(spec, Integral) else list(spec)
+    if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= i < len(fed)]:
+        raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
+    return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
 
 
 def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -265,9 +267,13 @@ class Session:
         *,
         sites: str | Sequence[str] = "resid_post",
         layers: Any = None,
+        positions: Any = None,
         generate: int = 0,
         steer: Steering = None,
         chat: bool = False,
+        seed: int | None = None,
+        temperature: float = 0.0,
+        to: str | os.PathLike[str] | None = None,
     ) -> Any:
         """Keep raw activations.
 
@@ -275,22 +281,35 @@ class Session:
         >>> tuple(acts.shape)
         (2, 6, 192)
 
+        Parameters
+        ----------
+        positions : {"prompt", "generated", "last"}, int, slice or sequence of int, optional
+            Tokens to keep; negative indices count from the prompt's end. None: all.
+        to : str or os.PathLike, optional
+            Write them to this safetensors file while the run goes on, so that memory holds one step's activations at
+            any length. Tensors are named by site (`1.resid_post` for the second of several prompts), with
+            `token_ids` beside them.
+        sites, layers, generate, steer, chat, seed, temperature
+            As in `lens`.
+
         Returns
         -------
         torch.Tensor
             (n_layers, n_tokens, d_model), on the CPU, in the model's dtype; a dict by site where several are asked
-            for; a list for a list of prompts.
+            for; a list for a list of prompts. With `to`: the path of the file.
         """
         build = self._build
         prompts, single = build.prompts(prompt, chat=chat, generate=generate)
         spec = RunSpec(
             prompts=prompts,
-            capture=build.capture(layers, sites),
-            generation=build.generation(generate, 0.0, None, len(prompts)) if generate else None,
+            capture=build.capture(layers, sites, positions, to, prompts=prompts, generate=generate),
+            generation=build.generation(generate, temperature, seed, len(prompts)) if generate else None,
             steering=self._writes(steer, len(prompts)),
         )
 
         def assemble(result: RunResult) -> Any:
+            if to is not None:
+                return Path(spec.capture.to)
             return _shaped((result.activations(row) for row in result.rows), sites, single)
 
         return self._run(spec, assemble)

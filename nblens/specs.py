@@ -129,6 +129,14 @@ class CaptureSpec:
 
     blocks: tuple[int, ...]
     sites: tuple[str, ...]
+    positions: tuple[tuple[int, ...], ...] = ()
+    """absolute positions to keep for each row, ascending; empty: all"""
+    to: str | None = None
+    """file that they are written to as they come, instead of being handed out"""
+
+    def tensor_name(self, row: int, site: str, n_rows: int) -> str:
+        """What a row's activations at a site are called in the file."""
+        return site if n_rows == 1 else f"{row}.{site}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +200,7 @@ class ActivationSlice:
     row: int
     site: str
     start: int
+    """place of the first among the row's kept tokens: its absolute position where all are kept"""
     values: torch.Tensor
     """(n_layers, n, d_model), on the CPU, in the model's dtype"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +18,7 @@ from nblens.model.generation import Batch, Step, SteppingLoop, generate_text
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.model.readout import Readout
 from nblens.model.sites import SiteLocation, SiteMap
+from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
 from nblens.specs import (
     ActivationSlice,
@@ -85,6 +87,13 @@ class Engine:
         if isinstance(spec, ExtractionSpec):
             self._extract(spec, emit, control)
             return
+        if spec.capture and spec.capture.to:
+            with ActivationRecorder(spec, self.architecture, emit) as recorder:
+                self._run(spec, recorder, control)
+        else:
+            self._run(spec, emit, control)
+
+    def _run(self, spec: RunSpec, emit: Callable[[Event], None], control: Control) -> None:
         batch = self._batch(spec.prompts)
 
         def attempt(chunk: int) -> None:
@@ -274,7 +283,14 @@ class _Run:
             slots = [self._places[site].index(block) for block in capture.blocks]
             for span in spans:
                 values = captured[site][slots, span.place].cpu()
-                self._emit(ActivationSlice(span.row, site, span.start, values))
+                start = span.start
+                if capture.positions:
+                    kept = capture.positions[span.row]
+                    start = bisect_left(kept, span.start)
+                    inside = kept[start : bisect_left(kept, span.start + values.shape[1])]
+                    values = values[:, [position - span.start for position in inside]]
+                if values.shape[1]:
+                    self._emit(ActivationSlice(span.row, site, start, values))
 
     def _capture_places(self) -> dict[str, tuple[int, ...]]:
         """Blocks to keep per site: what the lens needs and what was asked for raw, ascending."""
