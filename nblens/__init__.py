@@ -24,7 +24,8 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
-    from nblens.lens.trajectory import Comparison, Trajectory, TrajectoryDiff
+    from nblens.lens.difference import Comparison, TrajectoryDiff
+    from nblens.lens.trajectory import Trajectory
     from nblens.loading import attach, current, load
     from nblens.results import Generation
     from nblens.session import Session
@@ -35,13 +36,13 @@ __version__ = "0.1.0"
 
 # Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
 _LAZY = {
-    "Comparison": "nblens.lens.trajectory",
+    "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
     "SteeringVector": "nblens.steering.vectors",
     "Trajectory": "nblens.lens.trajectory",
-    "TrajectoryDiff": "nblens.lens.trajectory",
+    "TrajectoryDiff": "nblens.lens.difference",
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",

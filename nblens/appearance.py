@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+    "TITLES",
     "Scale",
     "cell_values",
     "changed_values",
@@ -29,12 +30,13 @@ __all__ = [
     "visible",
 ]
 
-_TITLES = {
+TITLES = {
     "prob": "probability of the top token",
     "entropy": "entropy (nats)",
     "kl": "KL to the last block (nats)",
     "rank": "rank of the token that follows",
 }
+"""What each metric is, in words."""
 _SYMBOLS = {" ": "·", "\n": "⏎", "\t": "⇥"}
 # Joiners shape emoji and Indic text; any other invisible character could hide or reorder what is around it.
 _KEPT_IN_PROSE = frozenset("\n\t\u200c\u200d")
@@ -101,13 +103,13 @@ class Scale:
     @classmethod
     def magnitude(cls, metric: str, *values: np.ndarray) -> Scale:
         """A scale for a metric that covers all the values."""
-        return cls(_TITLES[metric], _high(metric, values), logarithmic=metric == "rank")
+        return cls(TITLES[metric], _high(metric, values), logarithmic=metric == "rank")
 
     @classmethod
     def difference(cls, metric: str, values: np.ndarray, *, high: float | None = None) -> Scale:
         """A scale around zero; give `high` of a magnitude scale to share its units."""
         top = _high("", [np.abs(values)]) if high is None else high
-        return cls(f"change of {_TITLES[metric]}", top, signed=True, logarithmic=metric == "rank")
+        return cls(f"change of {TITLES[metric]}", top, signed=True, logarithmic=metric == "rank")
 
     @property
     def colors(self) -> tuple[str, ...]:

@@ -107,19 +107,17 @@ class RequestBuilder:
         self,
         max_new_tokens: int,
         temperature: float,
-        seed: int | None,
+        seed: int | Sequence[int] | None,
         rows: int,
         options: Mapping[str, Any] | None = None,
     ) -> GenerationSpec:
-        """How the text shall go on; every row draws from a generator of its own with the same seed."""
+        """How the text shall go on; every row draws from a generator of its own, with the same seed or each its own."""
         if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
-        if seed is not None and not isinstance(seed, Integral):
-            raise UserError(f"seed must be a whole number, got {seed!r}")
-        seed = secrets.randbits(32) if seed is None else int(seed)
-        return GenerationSpec(int(max_new_tokens), float(temperature), (seed,) * rows, dict(options or {}))
+        seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
+        return GenerationSpec(int(max_new_tokens), float(temperature), seeds, dict(options or {}))
 
     def extraction(
         self, pairs: Iterable[tuple[str, str]], *, method: str, site: str, read: str | int, chat: bool
@@ -160,11 +158,21 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
             raise UserError(f"positions {spec!r} are unknown; one of {', '.join(named)}, or indices, or a slice")
         return tuple(named[spec])
     if isinstance(spec, slice):
-        return tuple(fed[spec])
+        return tuple(sorted(fed[spec]))
     indices = [spec] if isinstance(spec, Integral) else list(spec)
     if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= i < len(fed)]:
         raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
     return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
+    """A seed for each row."""
+    seeds = (seed,) * rows if isinstance(seed, Integral) or not isinstance(seed, Iterable) else tuple(seed)
+    if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
+        raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
+    if len(seeds) != rows:
+        raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {len(seeds)} numbers")
+    return tuple(int(s) for s in seeds)
 
 
 def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture
-from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec
+from nblens.specs import PHASES, ActivationSlice, Event, RunFinished, RunSpec
 
 __all__ = ["Generation", "RunResult"]
 
@@ -32,7 +33,7 @@ class Generation:
     """in a sweep: the coefficient of the swept vector"""
     interrupted: bool = False
     timings: Mapping[str, float] = field(default_factory=dict)
-    """seconds per phase"""
+    """seconds per phase, as `Trajectory.timings`"""
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -73,8 +74,9 @@ class RunResult:
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds per phase; empty for an unfinished run."""
-        return dict(self.finished.timings) if self.finished else {}
+        """Seconds per phase, 0 for one that there was not; empty for an unfinished run."""
+        timings = self.finished.timings if self.finished else {}
+        return {phase: timings.get(phase, 0.0) for phase in PHASES} if timings else {}
 
     @property
     def cancelled(self) -> bool:
@@ -85,10 +87,12 @@ class RunResult:
         """New tokens of a row."""
         return tuple(self._collector.sampled[row])
 
-    def trajectories(self, row: int) -> dict[str, Trajectory]:
-        """Trajectories of a row by site; empty where the lens was not asked for."""
-        sites: Sequence[str] = self.spec.lens.sites if self.spec.lens else ()
-        return {site: self._collector.trajectory(row, site, self.timings) for site in sites}
+    def trajectories(self, row: int) -> SiteTrajectories | dict[str, Trajectory]:
+        """Trajectories of a row by site; an empty dict where the lens was not asked for."""
+        if self.spec.lens is None:
+            return {}
+        sites = self.spec.lens.sites
+        return SiteTrajectories({site: self._collector.trajectory(row, site, self.timings) for site in sites})
 
     def activations(self, row: int) -> dict[str, torch.Tensor]:
         """Raw activations of a row by site, (n_layers, n_tokens, d_model)."""

@@ -12,7 +12,7 @@ import torch
 
 from nblens.errors import Interrupted, NoModelError, UserError
 from nblens.layers import parse_layers
-from nblens.lens.trajectory import Comparison
+from nblens.lens.difference import Comparison
 from nblens.model.placement import Placement
 from nblens.model.tokens import TokenTexts
 from nblens.requests import Prompt, RequestBuilder
@@ -71,7 +71,7 @@ class Session:
         generate: int = 0,
         steer: Steering = None,
         chat: bool = False,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
     ) -> Any:
         """Read what every block would have said at every token.
@@ -100,15 +100,17 @@ class Session:
             None: the live setting; ``{}``: none; ``{"cheerful": 1.5}``; or `nblens.Steer` values.
         chat : bool
             Send the prompt as a user's turn through the chat template.
-        seed : int, optional
-            Seed of sampling; every row draws from a generator of its own with this seed.
+        seed : int or sequence of int, optional
+            Seed of sampling; every row draws from a generator of its own with this seed. Several: one for each
+            prompt, so that ``session.lens([prompt] * 5, generate=20, temperature=0.8, seed=range(5))`` is five
+            trials in one batch.
         temperature : float
             0: greedy.
 
         Returns
         -------
         Trajectory
-            A list of them for a list of prompts; a dict by site where several sites are asked for.
+            A list of them for a list of prompts; where several sites are asked for, `SiteTrajectories`: a dict by site.
 
         Raises
         ------
@@ -180,7 +182,7 @@ class Session:
         *,
         steer: Steering = None,
         temperature: float = 0.0,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         chat: bool = False,
         lens: Mapping[str, Any] | bool | None = None,
         **options: Any,
@@ -284,7 +286,8 @@ class Session:
         Parameters
         ----------
         positions : {"prompt", "generated", "last"}, int, slice or sequence of int, optional
-            Tokens to keep; negative indices count from the prompt's end. None: all.
+            Tokens to keep; negative indices count from the prompt's end, a slice runs over the generated tokens too.
+            None: all.
         to : str or os.PathLike, optional
             Write them to this safetensors file while the run goes on, so that memory holds one step's activations at
             any length. Tensors are named by site (`1.resid_post` for the second of several prompts), with

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LENS_METRICS",
+    "PHASES",
     "WRITE_POSITIONS",
     "ActivationSlice",
     "CaptureSpec",
@@ -43,6 +44,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 LENS_METRICS = ("entropy", "kl", "rank")
 """What a lens can compute beside log-probabilities: of the top tokens, the token that follows, and targets."""
+
+
+PHASES = ("prefill", "decode", "readout", "total")
+"""What the seconds of a run are counted by."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ class RunFinished:
 
     cancelled: bool
     timings: Mapping[str, float]
-    """seconds per phase: prefill, decode, readout; forward_tokens: columns × steps that went through the model"""
+    """seconds by `PHASES`, without those there were not; forward_tokens: columns × steps that went through the model"""
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_lens_and_steering_may_not_import_each_other():
         ("runtime/a.py", "from nblens import session", "runtime imports session"),
         ("session.py", "from .jupyter.magics import Magics", "session imports jupyter"),
         ("session.py", "from IPython.display import display", "session imports IPython"),
-        ("plots.py", "from .model import sites", "plots imports model"),
+        ("plots/grid.py", "from ..model import sites", "plots imports model"),
         ("session.py", "from nblens.loading import current", "session imports loading"),
         ("demo/train.py", "import nblens.model.readout", "demo imports model"),
         ("jupyter/live.py", "from nblens.demo import load", "jupyter imports demo"),

@@ -374,6 +374,12 @@ def test_several_sites_give_a_dict_by_site(session):
     by_site = session.lens(TEXT, sites=["resid_pre", "resid_post"])
     assert list(by_site) == ["resid_pre", "resid_post"]
     assert {site: t.site for site, t in by_site.items()} == {"resid_pre": "resid_pre", "resid_post": "resid_post"}
+    assert list(json.loads(by_site.to_json())["tokens"][0]["layers"]["0"]) == ["resid_pre", "block"]
+    batch = session.lens([TEXT, "the dog"], sites=["resid_pre", "resid_post"])
+    assert [set(row.to_frame()["site"]) for row in batch] == [{"resid_pre", "resid_post"}] * 2
+    generated = session.generate(TEXT, 2, lens={"sites": ["resid_pre", "resid_post"]})
+    assert set(generated.trajectories.to_frame()["site"]) == {"resid_pre", "resid_post"}
+    assert session.generate(TEXT, 2).trajectories == {}
     assert list(session.lens(TEXT, sites=["resid_pre"])) == ["resid_pre"]
     acts = session.capture([TEXT, "the dog"], sites=("resid_pre", "resid_post"))
     assert [list(row) for row in acts] == [["resid_pre", "resid_post"]] * 2
@@ -419,6 +425,43 @@ def test_the_lens_of_a_generation_reads_what_was_fed(session):
     assert traj.prompt_length == len(PROMPT)
     expected = plain(session, traj.token_ids.tolist(), len(PROMPT)).log_probs
     assert traj.next_ids[len(PROMPT) - 1 :].tolist() == expected[len(PROMPT) - 1 :].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("generate", [0, 3])
+def test_seconds_are_counted_by_phase(session, generate):
+    traj = session.lens(PROMPT, generate=generate)
+    assert list(traj.timings) == ["prefill", "decode", "readout", "total"]
+    assert (traj.timings["decode"] > 0) == (generate > 0)
+    prefill, decode, readout, total = traj.timings.values()
+    assert min(prefill, readout) > 0
+    assert prefill + decode + readout <= total
+    assert session.generate(PROMPT, 2).timings["readout"] == 0
+
+
+def test_trials_are_one_batch_with_a_seed_each(session):
+    options = {"generate": 6, "temperature": 2.0, "layers": -1}
+    trials = session.lens([PROMPT] * 3, **options, seed=range(3))
+    alone = [session.lens(PROMPT, **options, seed=seed) for seed in range(3)]
+    assert [t.next_ids.tolist() for t in trials] == [t.next_ids.tolist() for t in alone]
+    assert len({tuple(t.next_ids.tolist()) for t in trials}) == 3
+    texts = [g.token_ids for g in session.generate([PROMPT] * 2, 6, temperature=2.0, seed=np.array([2, 1]))]
+    assert texts == [session.generate(PROMPT, 6, temperature=2.0, seed=seed).token_ids for seed in (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        ([1], r"seed must be one number, or one for each of the 2 rows; got 1 numbers"),
+        ([], "got 0 numbers"),
+        ([1, 2, 3], "got 3 numbers"),
+        ([1, 2.5], r"seed must be a whole number, or one for each prompt, got \[1, 2.5\]"),
+        (1.5, "seed must be a whole number, or one for each prompt, got 1.5"),
+        ("12", "seed must be a whole number, or one for each prompt, got '12'"),
+    ],
+)
+def test_seeds_that_do_not_fit_are_refused(session, seed, message):
+    with pytest.raises(UserError, match=message):
+        session.generate([PROMPT, PROMPT], 2, temperature=1.0, seed=seed)
 
 
 def test_numbers_may_be_numpys(session):

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from nblens.lens.trajectory import Comparison, Trajectory
+from nblens.lens.difference import Comparison
+from nblens.lens.trajectory import Trajectory
 
 TEXTS = (" the", " of", " and", " a", " to", " in", " is", " was", "The", " capital", " France", " Paris", " Berlin")
 VOCABULARY = dict(enumerate((*TEXTS, " river", ",", ".", " very", " calm", " bright", " sad", "\n")))
@@ -59,3 +60,33 @@ def made_up_comparison(n_layers=12, n_tokens=20, **options):
     """Two rows with a text each."""
     base, steered = made_up_pair(n_layers, n_tokens, **options)
     return Comparison(base, steered, " a calm river, and it was sad.", " a bright river, and it was very calm.")
+
+
+def trajectory_of(top1=((7, 8, 9), (8, 8, 5), (8, 8, 9)), *, layers=(0, 2, 5), n_blocks=6, **changes):
+    """Three layers, three tokens, top 2; the second of the top is always 6 and has the rest."""
+    top1 = np.asarray(top1, np.int32)
+    p = (0.5 + 0.01 * np.arange(top1.size)).reshape(top1.shape)
+    cells = np.arange(top1.size, dtype=np.float32).reshape(top1.shape)
+    n_tokens = top1.shape[1]
+    values = {
+        "tokens": tuple(f" t{i}" for i in range(n_tokens)),
+        "token_ids": np.arange(20, 20 + n_tokens, dtype=np.int32),
+        "layers": layers,
+        "site": "resid_post",
+        "top_ids": np.stack([top1, np.full_like(top1, 6)], -1),
+        "top_logprobs": np.log(np.stack([p, 1 - p], -1)).astype(np.float32),
+        "entropy": cells,
+        "kl_to_final": 100 - cells,
+        "next_ids": np.array([*range(21, 20 + n_tokens), -1], np.int32),
+        "next_logprob": np.where(np.arange(n_tokens) == n_tokens - 1, np.nan, -cells).astype(np.float32),
+        "next_rank": np.where(np.arange(n_tokens) == n_tokens - 1, -1, cells + 1).astype(np.int32),
+        "target_ids": np.array([5, 40], np.int32),
+        "target_logprobs": np.stack([-cells, np.full_like(cells, -np.inf)], -1),
+        "target_ranks": np.stack([cells + 1, cells + 2], -1).astype(np.int32),
+        "vocabulary": {5: " five", 6: "⏎\n", 7: " seven", 8: "<b>", 9: " nine", 20: " t0", 40: "é"},
+        "prompt_length": 2,
+        "n_blocks": n_blocks,
+        "model": "tiny/model",
+        "timings": {"total": 0.25},
+    }
+    return Trajectory(**(values | changes))

@@ -267,9 +267,12 @@ def _lens() -> MagicParser:
     parser = MagicParser(
         "%lens",
         usage="%lens [options] TEXT\n       %%lens [options]      and the text in the cell's body, as typed",
-        description="Show what every block would have said at every token (the logit lens).",
+        description="Show what every block would have said at every token (the logit lens).\n"
+        "The result that -o binds holds every number; its .timings are the seconds by phase:\n"
+        "prefill, decode, readout, total.",
         examples='  %lens The capital of France is\n  %lens --layers ::2 --metric entropy "one, two, three, "\n'
-        "  %%lens --generate 8 --compare --steer cheerful=1.5 -o comparison",
+        "  %%lens --generate 8 --compare --steer cheerful=1.5 -o comparison\n"
+        "  %lens -o trajectory --save lens.json The capital of France is",
         takes_text=True,
     )
     parser.add_argument("--layers", metavar="SPEC", help="blocks to read, such as 0-4,10,-1 or ::4 (default: all)")
@@ -281,7 +284,7 @@ def _lens() -> MagicParser:
     parser.add_argument("--metric", choices=METRICS, default="prob", help="what colours the cells (default: prob)")
     parser.add_argument("--compare", action="store_true", help="without and with steering, and the difference")
     parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of HTML")
-    parser.add_argument("--save", metavar="FILE", help="write to .safetensors, .html, .png, .svg or .pdf")
+    parser.add_argument("--save", metavar="FILE", help="write to .json, .safetensors, .html, .png, .svg or .pdf")
     _add_prompt(parser)
     _add_output(parser, "Trajectory (with --compare: Comparison)")
     return parser

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from nblens.appearance import plain, short_number
 from nblens.layers import format_layers
+from nblens.lens.by_site import SiteTrajectories
+from nblens.lens.difference import Comparison, TrajectoryDiff
 from nblens.lens.html import render_fragment
-from nblens.lens.trajectory import Comparison, Trajectory, TrajectoryDiff
+from nblens.lens.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -25,9 +27,7 @@ if TYPE_CHECKING:
     from nblens.steering.vectors import SteeringVector
 
 __all__ = [
-    "BySite",
     "Table",
-    "grids",
     "placement_table",
     "register",
     "setting_table",
@@ -41,10 +41,6 @@ HTML, PNG, TEXT = "text/html", "image/png", "text/plain"
 Renderer = Callable[[Any], str | bytes | None]
 
 _views: dict[int, Mapping[str, Renderer]] = {}
-
-
-class BySite(dict[str, Trajectory]):
-    """Trajectories of several sites; shows one grid for each."""
 
 
 @dataclass(frozen=True)
@@ -209,21 +205,15 @@ def _comparison_text(comparison: Comparison) -> str:
     return f"base    │{plain(comparison.base_text)}\nsteered │{plain(comparison.steered_text)}"
 
 
-def grids(result: Any, metric: str = "prob") -> str:
-    """The HTML of whatever `%lens` returns."""
-    trajectories = result.values() if isinstance(result, BySite) else [result]
-    return "\n".join(render_fragment(trajectory, metric=metric) for trajectory in trajectories)
-
-
 def _nothing(_: Any) -> None:
     return None
 
 
 _TYPES: dict[Any, dict[str, Renderer]] = {
-    Trajectory: {HTML: grids, PNG: _nothing},
-    TrajectoryDiff: {HTML: grids, PNG: _nothing},
-    Comparison: {HTML: grids, PNG: _nothing, TEXT: _comparison_text},
-    BySite: {HTML: grids},
+    Trajectory: {HTML: render_fragment, PNG: _nothing},
+    TrajectoryDiff: {HTML: render_fragment, PNG: _nothing},
+    Comparison: {HTML: render_fragment, PNG: _nothing, TEXT: _comparison_text},
+    SiteTrajectories: {HTML: render_fragment, PNG: _nothing},
     # named, not imported: torch is loaded with the first model, not with the extension
     "nblens.results.Generation": {HTML: _generation_html, TEXT: _generation_text},
     "nblens.session.Session": {

@@ -12,6 +12,7 @@ IPython expands ``{expressions}`` and ``$names`` first. A result is returned, so
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, 
 from IPython.display import display
 
 from nblens.errors import DeviceMemoryError, Interrupted, NoModelError, UnsupportedModelError, UserError
+from nblens.files import replace_file
 from nblens.jupyter import display as shown
 from nblens.jupyter.arguments import (
     EXTRACT,
@@ -38,7 +40,7 @@ from nblens.jupyter.arguments import (
     contrast_pairs,
 )
 from nblens.jupyter.completion import match_magic
-from nblens.lens.html import render_texts
+from nblens.lens.html import render_fragment, render_page, render_texts
 from nblens.specs import Steer
 
 if TYPE_CHECKING:
@@ -142,9 +144,8 @@ class NblensMagics(Magics):
     def lens(self, options: Namespace, body: str | None) -> Any:
         """Read what every block would have said at every token."""
         prompt = self._prompt(options, body)
-        several = not isinstance(options.sites, str)
-        if several and (options.compare or options.plot or options.save):
-            raise UserError("--compare, --plot and --save take one site; give one --sites")
+        if options.compare and not isinstance(options.sites, str):
+            raise UserError("--compare takes one site; give one --sites")
         write = _writer(options) if options.save else None
         request = {
             "layers": options.layers,
@@ -162,8 +163,6 @@ class NblensMagics(Magics):
             return None
         if write:
             write(result)
-        if several:
-            result = shown.BySite(result)
         _apply_view(result, options)
         return result
 
@@ -305,10 +304,10 @@ def _check_variable(name: str | None) -> None:
 def _apply_view(result: Any, options: Namespace) -> None:
     metric = options.metric
     if options.plot:
-        # a figure of plots.py knows how to be a picture
+        # a figure of nblens.plots knows how to be a picture
         shown.show_as(result, png=lambda obj: _figure(obj, metric)._repr_png_())
     elif metric != "prob":
-        shown.show_as(result, html=lambda obj: shown.grids(obj, metric))
+        shown.show_as(result, html=lambda obj: render_fragment(obj, metric=metric))
 
 
 def _figure(obj: Any, metric: str) -> Any:
@@ -320,10 +319,13 @@ def _figure(obj: Any, metric: str) -> Any:
 def _writer(options: Namespace) -> Callable[[Any], None]:
     """What writes the result to the file that was named; a name that cannot be written is refused before the run."""
     path, metric = Path(options.save).expanduser(), options.metric
-    kinds = [".html", *_PICTURES] + ([] if options.compare else [".safetensors"])
+    what, kinds = "a trajectory is", [".html", *_PICTURES, ".json", ".safetensors"]
+    if options.compare:
+        what, kinds = "a comparison is", [".html", *_PICTURES]
+    elif not isinstance(options.sites, str):
+        what, kinds = "several sites are", [".html", *_PICTURES, ".json"]
     if path.suffix not in kinds:
-        what = "a comparison" if options.compare else "a trajectory"
-        raise UserError(f"{what} is saved as {', '.join(kinds)}; got {path.name!r}")
+        raise UserError(f"{what} saved as {', '.join(kinds)}; got {path.name!r}")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
@@ -331,12 +333,14 @@ def _writer(options: Namespace) -> Callable[[Any], None]:
         try:
             if path.suffix == ".safetensors":
                 result.save(path)
+            elif path.suffix == ".json":
+                result.to_json(path)
             elif path.suffix == ".html":
-                from nblens.lens.html import render_page
-
-                path.write_text(render_page(result, metric=metric), encoding="utf-8")
+                replace_file(path, render_page(result, metric=metric).encode())
             else:
-                _figure(result, metric).savefig(path)
+                picture = io.BytesIO()
+                _figure(result, metric).savefig(picture, format=path.suffix[1:])
+                replace_file(path, picture.getvalue())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -33,7 +33,9 @@ from nblens.appearance import (
     short_number,
     visible,
 )
-from nblens.lens.trajectory import Comparison, Trajectory, TrajectoryDiff
+from nblens.lens.by_site import SiteTrajectories
+from nblens.lens.difference import Comparison, TrajectoryDiff
+from nblens.lens.trajectory import Trajectory
 
 __all__ = ["MAX_CELLS", "render_fragment", "render_page", "render_texts"]
 
@@ -47,7 +49,7 @@ _ROOMY = 10_000  # cells up to which a tooltip lists five tokens instead of thre
 # which a thin space is exempt from.
 _THIN = "\u2009"
 
-Rendered = Trajectory | TrajectoryDiff | Comparison
+Rendered = Trajectory | TrajectoryDiff | Comparison | SiteTrajectories
 
 
 def render_fragment(obj: Rendered, *, metric: str = "prob") -> str:
@@ -55,7 +57,7 @@ def render_fragment(obj: Rendered, *, metric: str = "prob") -> str:
 
     Parameters
     ----------
-    obj : Trajectory, TrajectoryDiff or Comparison
+    obj : Trajectory, TrajectoryDiff, Comparison or SiteTrajectories
     metric : {"prob", "entropy", "kl", "rank"}
         What colours the cells.
 
@@ -66,6 +68,8 @@ def render_fragment(obj: Rendered, *, metric: str = "prob") -> str:
     """
     if isinstance(obj, Comparison):
         return _comparison(obj, metric)
+    if isinstance(obj, SiteTrajectories):
+        return _sites(obj, metric)
     if isinstance(obj, TrajectoryDiff):
         grid = _diff_grid(obj, metric, ("base", "other"), _column_widths(obj.other))
     else:
@@ -75,7 +79,10 @@ def render_fragment(obj: Rendered, *, metric: str = "prob") -> str:
 
 def render_page(obj: Rendered, *, metric: str = "prob") -> str:
     """A whole HTML document around `render_fragment`, light or dark as the reader's system is."""
-    trajectory = obj if isinstance(obj, Trajectory) else obj.base
+    if isinstance(obj, SiteTrajectories):
+        trajectory = next(iter(obj.values()))
+    else:
+        trajectory = obj if isinstance(obj, Trajectory) else obj.base
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -105,6 +112,14 @@ def _comparison(comparison: Comparison, metric: str) -> str:
         _table(_diff_grid(diff, metric, ("base", "steered"), widths, shared, "steered − base")),
     ]
     return _document([scale, shared], parts)
+
+
+def _sites(by_site: SiteTrajectories, metric: str) -> str:
+    trajectories = by_site.values()
+    scale = Scale.magnitude(metric, *(cell_values(trajectory, metric) for trajectory in trajectories))
+    widths = _column_widths(*trajectories)
+    tables = [_table(_trajectory_grid(trajectory, metric, widths, scale)) for trajectory in trajectories]
+    return _document([scale], tables)
 
 
 def _document(scales: list[Scale], parts: list[str]) -> str:

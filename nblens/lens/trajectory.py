@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblens.errors import FileFormatError, UserError
-from nblens.files import read_safetensors, write_safetensors
+from nblens.files import read_safetensors, replace_file, write_safetensors
 from nblens.layers import format_layers
+from nblens.lens.export import as_frame, as_json
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["METRICS", "Comparison", "Trajectory", "TrajectoryDiff"]
+    from nblens.lens.difference import TrajectoryDiff
+
+__all__ = ["AGAINST", "METRICS", "Trajectory"]
 
 METRICS = ("prob", "entropy", "kl", "rank")
 """What a cell of the grid can show: probability of the top token, entropy (nats), KL to the last block (nats),
 rank of the token that follows."""
+
+AGAINST = ("final", "next", "target")
+"""Which top token counts as right: the last block's, the one that actually follows, or the first target."""
 
 _FORMAT = "nblens.trajectory"
 _VERSION = 1
@@ -81,7 +87,8 @@ class Trajectory:
     model: str = ""
     lens: str = "logit"
     timings: Mapping[str, float] = field(default_factory=dict)
-    """seconds per phase"""
+    """seconds of the whole run, all its rows together, by phase: prefill and decode (the model's passes over prompt
+    and new tokens), readout (the lens), total; on a GPU work counts in the phase that waits for it"""
 
     def __post_init__(self) -> None:
         n_layers, n_tokens, n_targets = len(self.layers), len(self.tokens), len(self.target_ids)
@@ -151,36 +158,59 @@ class Trajectory:
             return self.next_rank
         raise UserError(f"metric {name!r} is unknown; one of {', '.join(METRICS)}")
 
-    def decided_at(self) -> np.ndarray:
-        """First block from which the top token stays the last block's, int32 (n_tokens,).
+    def decided_at(self, against: str = "final") -> np.ndarray:
+        """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
 
-        Only the blocks in `layers` are looked at; the last of them always agrees with itself.
+        Only the blocks in `layers` are looked at.
+
+        Parameters
+        ----------
+        against : {"final", "next", "target"}
+            The right token: the top token of the last block read, which always agrees with itself; the one that
+            actually follows; or the first of the targets.
         """
-        agrees = self.top_ids[..., 0] == self.top_ids[-1, :, 0]
-        stays = np.logical_and.accumulate(agrees[::-1], axis=0)[::-1]
-        return np.asarray(self.layers, dtype=np.int32)[np.argmax(stays, axis=0)]
+        if against not in AGAINST:
+            raise UserError(f"against {against!r} is unknown; one of {', '.join(AGAINST)}")
+        if against == "target" and not len(self.target_ids):
+            raise UserError("this trajectory follows no target; ask the lens for one with targets=")
+        top = self.top_ids[..., 0]
+        right = {"final": top[-1], "next": self.next_ids, "target": self.target_ids[:1]}[against]
+        stays = np.logical_and.accumulate((top == right)[::-1], axis=0)[::-1]
+        first = np.asarray(self.layers, dtype=np.int32)[np.argmax(stays, axis=0)]
+        return np.where(stays[-1], first, np.int32(-1))
 
-    def to_frame(self) -> pd.DataFrame:
-        """One row per cell: layer, position, token, top token, its probability and the metrics."""
-        import pandas as pd
+    def to_frame(self, *, long: bool = False) -> pd.DataFrame:
+        """A pandas data frame with one row per cell, or one per cell and rank.
 
-        layer, position = np.meshgrid(self.layers, np.arange(self.n_tokens), indexing="ij")
-        frame = pd.DataFrame(
-            {
-                "layer": layer.ravel(),
-                "position": position.ravel(),
-                "token": [self.tokens[p] for p in position.ravel()],
-                "top_token": [self.token_text(i) for i in self.top_ids[..., 0].ravel()],
-                "top_prob": np.exp(self.top_logprobs[..., 0]).ravel(),
-                "entropy": self.entropy.ravel(),
-                "kl_to_final": self.kl_to_final.ravel(),
-                "next_logprob": self.next_logprob.ravel(),
-                "next_rank": self.next_rank.ravel(),
-            }
-        )
-        for i, target in enumerate(self.target_ids):
-            frame[f"logprob[{self.token_text(target)}]"] = self.target_logprobs[..., i].ravel()
-        return frame
+        Parameters
+        ----------
+        long : bool
+            False: layer, position, token, top_token, top_prob, entropy, kl_to_final, next_logprob, next_rank, and
+            `logprob[TOKEN]` for each target. True: layer, position, token, rank (1 is the most likely), top_token,
+            top_prob.
+        """
+        return as_frame(self, long=long)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Token → layer → component → [[token, probability], …] as JSON, returned and, where `path` is given, written.
+
+        ::
+
+            {"format": "nblens.lens", "version": 1, "model": …, "lens": "logit", "layers": [0, 1], "prompt_length": 6,
+             "tokens": [
+              {"position": 0, "token": "The", "id": 14,
+               "layers": {"0": {"block": [[" capital", 0.31], …]}, "1": {…}}},
+              …
+            ]}
+
+        Components are "block" for `resid_post`, "attn" for `attn_out`, "mlp" for `mlp_out`; other sites keep their
+        names. Probabilities are those over the full vocabulary, to seven digits. The shape is that of the tool of
+        arXiv 2604.06483.
+        """
+        text = as_json({self.site: self})
+        if path is not None:
+            replace_file(path, text.encode())
+        return text
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one safetensors file: arrays, and everything else as JSON in its header.
@@ -225,6 +255,8 @@ class Trajectory:
         UserError
             The two were read at different layers or sites.
         """
+        from nblens.lens.difference import TrajectoryDiff
+
         return TrajectoryDiff.between(self, other)
 
     def to_html(self, path: str | os.PathLike[str] | None = None, *, metric: str = "prob") -> str:
@@ -233,7 +265,7 @@ class Trajectory:
 
         page = render_page(self, metric=metric)
         if path is not None:
-            Path(path).write_text(page, encoding="utf-8")
+            replace_file(path, page.encode())
         return page
 
     def plot(self, metric: str = "prob") -> Figure:
@@ -241,6 +273,29 @@ class Trajectory:
         from nblens import plots
 
         return plots.trajectory_grid(self, metric=metric)
+
+    def plot_tokens(
+        self, tokens: Sequence[str | int] | None = None, *, position: int = -1, metric: str = "prob"
+    ) -> Figure:
+        """Probability or rank ("prob", "rank") of chosen tokens over depth; see `nblens.plots.token_curves`."""
+        from nblens import plots
+
+        return plots.token_curves(self, tokens, position=position, metric=metric)
+
+    def plot_depth(self, metric: str = "entropy") -> Figure:
+        """A metric over depth, median and middle half of the tokens; see `nblens.plots.depth_curves`.
+
+        That function also draws several trajectories: ``depth_curves({"logit": one, "tuned": other}, "kl")``.
+        """
+        from nblens import plots
+
+        return plots.depth_curves(self, metric)
+
+    def plot_decided(self, against: str = "final") -> Figure:
+        """Histogram of `decided_at`; see `nblens.plots.decided_histogram`, which also takes many trajectories."""
+        from nblens import plots
+
+        return plots.decided_histogram(self, against=against)
 
     def truncated(self, n_tokens: int) -> Trajectory:
         """The same trajectory over its first `n_tokens` tokens."""
@@ -260,85 +315,6 @@ class Trajectory:
             f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.site}, "
             f"top {self.top_ids.shape[-1]}, {self.model})"
         )
-
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class TrajectoryDiff:
-    """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens)."""
-
-    base: Trajectory
-    other: Trajectory
-    top1_changed: np.ndarray
-    """bool (n_layers, n_tokens)"""
-
-    @classmethod
-    def between(cls, base: Trajectory, other: Trajectory) -> TrajectoryDiff:
-        """Align the two on their longest common run of tokens from the start."""
-        if base.layers != other.layers or base.site != other.site:
-            raise UserError(
-                f"cannot compare {base.site} at layers {format_layers(base.layers)} with "
-                f"{other.site} at layers {format_layers(other.layers)}"
-            )
-        length = min(base.n_tokens, other.n_tokens)
-        differs = base.token_ids[:length] != other.token_ids[:length]
-        length = int(np.argmax(differs)) if differs.any() else length
-        base, other = base.truncated(length), other.truncated(length)
-        return cls(base, other, base.top_ids[..., 0] != other.top_ids[..., 0])
-
-    def metric(self, name: str) -> np.ndarray:
-        """Signed difference of a metric, (n_layers, n_tokens).
-
-        "prob" follows one token through both runs: the token that `other` puts first. It is the change of that
-        token's probability, a lower bound where it was not among the top k of `base`.
-        """
-        if name == "prob":
-            return np.exp(self.other.top_logprobs[..., 0]) - self._base_probability_of_other_top()
-        return self.other.metric(name).astype(np.float32) - self.base.metric(name)
-
-    def _base_probability_of_other_top(self) -> np.ndarray:
-        same = self.base.top_ids == self.other.top_ids[..., :1]
-        return np.where(same, np.exp(self.base.top_logprobs), 0.0).sum(-1)
-
-    def __repr__(self) -> str:
-        return (
-            f"TrajectoryDiff({self.base.n_layers} layers × {self.base.n_tokens} tokens, "
-            f"top token changed in {self.top1_changed.mean():.0%} of cells)"
-        )
-
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)
-
-    def plot(self, metric: str = "prob") -> Figure:
-        """The differences as a matplotlib figure with a diverging map."""
-        from nblens import plots
-
-        return plots.trajectory_grid(self, metric=metric)
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Comparison:
-    """The same prompt without and with steering: two rows of one batch."""
-
-    base: Trajectory
-    steered: Trajectory
-    base_text: str = ""
-    """new text without steering; empty where nothing was generated"""
-    steered_text: str = ""
-
-    @property
-    def diff(self) -> TrajectoryDiff:
-        """`steered - base`."""
-        return self.base.diff(self.steered)
-
-    def __repr__(self) -> str:
-        return f"Comparison(base={self.base!r}, steered={self.steered!r})"
 
     def _repr_html_(self) -> str:
         from nblens.lens.html import render_fragment

@@ -8,8 +8,9 @@ from tiny_models import N_BLOCKS
 
 import nblens
 from nblens.errors import DeviceMemoryError, Interrupted, UnsupportedModelError
-from nblens.lens.html import render_fragment, render_page, render_texts
-from nblens.lens.trajectory import Comparison, Trajectory
+from nblens.lens.difference import Comparison
+from nblens.lens.html import render_fragment, render_texts
+from nblens.lens.trajectory import Trajectory
 from nblens.results import Generation
 from nblens.session import Session
 
@@ -123,7 +124,9 @@ def test_several_sites_show_a_grid_each(run, session):
     assert list(cell.value) == ["resid_pre", "resid_post"]
     assert same(cell.value["resid_pre"], session.lens("the cat", sites="resid_pre"))
     (data,) = cell.displayed
-    assert data[HTML] == "\n".join(render_fragment(t, metric="kl") for t in cell.value.values())
+    assert data[HTML] == render_fragment(cell.value, metric="kl")
+    assert data[HTML].count("<table") == 2
+    assert run("_").displayed[0][HTML] == data[HTML]
 
 
 def test_compare_reads_both_and_shows_the_difference(run, session, vector):
@@ -146,31 +149,10 @@ def test_steer_replaces_the_live_setting_for_one_cell(run, session, vector):
     assert session.steer.setting["cheerful"].coefficient == 4.0
 
 
-@pytest.mark.parametrize("name", ["t.safetensors", "my t.html", "t.png", "t.svg", "t.pdf"])
-def test_save_writes_by_the_ending_of_the_name(run, session, tmp_path, name):
-    path = tmp_path / name
-    cell = run(f"%lens --metric entropy --save '{path}' the cat")
-    content = path.read_bytes()
-    if path.suffix == ".safetensors":
-        assert same(Trajectory.load(path), cell.value)
-    elif path.suffix == ".html":
-        assert content.decode() == render_page(cell.value, metric="entropy")
-    else:
-        assert content[:5] in (b"\x89PNG\r", b"<?xml", b"%PDF-")
-
-
-def test_save_is_refused_before_the_run(refused, session, tmp_path, monkeypatch):
-    monkeypatch.setattr(Session, "lens", lambda *_, **__: pytest.fail("the model ran"))
-    assert refused("%lens --save t.txt the cat").startswith(
-        "a trajectory is saved as .html, .png, .svg, .pdf, .safetensors; got 't.txt'"
-    )
-    assert "there is no folder" in refused(f"%lens --save {tmp_path}/no/t.html the cat")
-    assert "a comparison is saved as" in refused("%lens --compare --steer a=1 --save t.safetensors the cat")
-
-
-def test_save_to_a_folder_is_one_line(refused, session, tmp_path):
-    (tmp_path / "t.html").mkdir()
-    assert "cannot write" in refused(f"%lens --save {tmp_path}/t.html the cat")
+def test_plot_draws_several_sites(run, session):
+    (data,) = run("%lens --sites resid_pre,resid_post --plot the cat").displayed
+    assert HTML not in data
+    assert data[PNG].startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -187,7 +169,7 @@ def test_save_to_a_folder_is_one_line(refused, session, tmp_path):
         ("%lens --steer gloomy the cat", "steering is set as NAME=NUMBER, such as cheerful=1.5; got 'gloomy'"),
         ("%lens --top-k 0 the cat", "top_k must be between 1 and"),
         ("%lens --compare the cat", "nothing steers; give steer="),
-        ("%lens --compare --sites resid_pre,resid_post x", "--compare, --plot and --save take one site"),
+        ("%lens --compare --sites resid_pre,resid_post x", "--compare takes one site; give one --sites"),
         ("%lens --topk 3 the cat", "%lens: option --topk is unknown; did you mean --top-k?"),
         ("%lens --metric foo the cat", "%lens: --metric: invalid choice: 'foo'"),
         ("%lens -o 2x the cat", "-o takes the name of a variable, got '2x'"),

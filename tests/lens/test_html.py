@@ -10,8 +10,9 @@ from trajectories import VOCABULARY, made_up, made_up_comparison, made_up_pair
 from nblens.appearance import DIFFERENCE_COLORS, MAGNITUDE_COLORS, contrast
 from nblens.errors import UserError
 from nblens.lens import html
+from nblens.lens.by_site import SiteTrajectories
+from nblens.lens.difference import Comparison
 from nblens.lens.html import render_fragment, render_page, render_texts
-from nblens.lens.trajectory import Comparison
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
@@ -200,10 +201,14 @@ def test_layers_of_a_hostile_file_are_not_drawn():
         render_fragment(replace(made_up(1, 2), layers=("<img src=x>",)))
 
 
-def test_there_is_no_script_and_nothing_is_fetched():
-    source = render_page(made_up_comparison(3, 4))
+@pytest.mark.parametrize(
+    "make", [lambda: made_up_comparison(3, 4), lambda: SiteTrajectories(a=made_up(3, 4, site="a"), b=made_up(3, 4))]
+)
+def test_there_is_no_script_and_nothing_is_fetched(make):
+    source = render_page(make())
     assert "<script" not in source
     assert not re.search(r"https?:|url\(|@import|\bon[a-z]+=", source)
+    assert not [tag for tag, attributes in Page(source).tags if {"src", "href", "srcset", "data"} & set(attributes)]
     assert "default-src 'none'" in source
 
 
@@ -302,6 +307,36 @@ def test_an_unknown_metric_is_refused():
     for obj in (made_up(2, 3), made_up_comparison(2, 3), made_up_comparison(2, 3).diff):
         with pytest.raises(UserError, match="metric 'nope' is unknown; one of prob, entropy, kl, rank"):
             render_fragment(obj, metric="nope")
+
+
+def test_several_sites_are_a_grid_each_on_one_scale_with_their_columns_under_each_other():
+    calm = made_up(3, 4, site="resid_pre", entropy=np.full((3, 4), 0.5, np.float32))
+    wild = made_up(3, 4, entropy=np.full((3, 4), 5.0, np.float32), vocabulary={i: " long" * i for i in range(9)})
+    both = SiteTrajectories(resid_pre=calm, resid_post=wild)
+    source = render_fragment(both, metric="entropy")
+    page = Page(source)
+    assert len(page.tables) == 2
+    assert {cell.level for _, cells in page.body(0) for cell in cells} == {"a6"}
+    assert {cell.level for _, cells in page.body(1) for cell in cells} == {"a63"}
+    columns = re.findall(r"<colgroup>.*?</colgroup>", source)
+    assert len(columns) == 2
+    assert len(set(columns)) == 1
+    assert source.count("<style>") == 1
+    assert re.findall(r"<span>(resid_\w+)</span>", source) == ["resid_pre", "resid_post"]
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "grid.html"
+    path.write_text("old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    for obj in (made_up(3, 4), SiteTrajectories(a=made_up(3, 4))):
+        with pytest.raises(OSError, match="No space left"):
+            obj.to_html(path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
 def test_notebooks_and_pages_show_the_fragment(tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from trajectories import trajectory_of
 
 from nblens.errors import FileFormatError, UserError
-from nblens.lens.trajectory import Trajectory, TrajectoryDiff
+from nblens.lens.trajectory import Trajectory
 
 ARRAYS = [
     "token_ids",
@@ -27,34 +28,11 @@ ARRAYS = [
 ]
 
 
-def trajectory_of(top1=((7, 8, 9), (8, 8, 5), (8, 8, 9)), *, layers=(0, 2, 5), n_blocks=6, **changes):
-    """Three layers, three tokens, top 2; the second of the top is always 6 and has the rest."""
-    top1 = np.asarray(top1, np.int32)
-    p = (0.5 + 0.01 * np.arange(top1.size)).reshape(top1.shape)
-    cells = np.arange(top1.size, dtype=np.float32).reshape(top1.shape)
-    n_tokens = top1.shape[1]
-    values = {
-        "tokens": tuple(f" t{i}" for i in range(n_tokens)),
-        "token_ids": np.arange(20, 20 + n_tokens, dtype=np.int32),
-        "layers": layers,
-        "site": "resid_post",
-        "top_ids": np.stack([top1, np.full_like(top1, 6)], -1),
-        "top_logprobs": np.log(np.stack([p, 1 - p], -1)).astype(np.float32),
-        "entropy": cells,
-        "kl_to_final": 100 - cells,
-        "next_ids": np.array([*range(21, 20 + n_tokens), -1], np.int32),
-        "next_logprob": np.where(np.arange(n_tokens) == n_tokens - 1, np.nan, -cells).astype(np.float32),
-        "next_rank": np.where(np.arange(n_tokens) == n_tokens - 1, -1, cells + 1).astype(np.int32),
-        "target_ids": np.array([5, 40], np.int32),
-        "target_logprobs": np.stack([-cells, np.full_like(cells, -np.inf)], -1),
-        "target_ranks": np.stack([cells + 1, cells + 2], -1).astype(np.int32),
-        "vocabulary": {5: " five", 6: "⏎\n", 7: " seven", 8: "<b>", 9: " nine", 20: " t0", 40: "é"},
-        "prompt_length": 2,
-        "n_blocks": n_blocks,
-        "model": "tiny/model",
-        "timings": {"total": 0.25},
-    }
-    return Trajectory(**(values | changes))
+NO_TARGETS = {
+    "target_ids": np.zeros(0, np.int32),
+    "target_logprobs": np.zeros((3, 3, 0), np.float32),
+    "target_ranks": np.zeros((3, 3, 0), np.int32),
+}
 
 
 # ---- shapes
@@ -139,6 +117,44 @@ def test_a_token_is_decided_where_its_top_stays_the_last_blocks():
     assert trajectory_of(((4, 4), (4, 5), (5, 4)), layers=(1, 2, 3)).decided_at().tolist() == [3, 3]
 
 
+def test_a_token_is_decided_where_its_top_stays_the_one_that_follows():
+    # 21 and 22 follow; after the last token comes nothing
+    found = trajectory_of(((21, 8, 9), (7, 8, 5), (21, 22, 9))).decided_at("next")
+    assert found.tolist() == [5, 5, -1]
+    assert found.dtype == np.int32
+    assert trajectory_of(((21, 22, 9), (21, 22, 5), (21, 8, 9))).decided_at("next").tolist() == [0, -1, -1]
+
+
+def test_a_token_is_decided_where_its_top_stays_the_first_target():
+    assert trajectory_of(((5, 40, 9), (5, 40, 5), (5, 40, 5))).decided_at("target").tolist() == [0, -1, 2]
+
+
+@pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        ("nope", "against 'nope' is unknown; one of final, next, target"),
+        ("target", "follows no target; ask the lens for one with targets="),
+    ],
+)
+def test_what_it_cannot_be_decided_against_is_refused(against, message):
+    with pytest.raises(UserError, match=message):
+        trajectory_of(**NO_TARGETS).decided_at(against)
+
+
+def test_a_long_frame_has_a_row_for_each_cell_and_rank():
+    trajectory = trajectory_of()
+    frame = trajectory.to_frame(long=True)
+    assert list(frame.columns) == ["layer", "position", "token", "rank", "top_token", "top_prob"]
+    assert len(frame) == 3 * 3 * 2
+    assert frame.index.tolist() == list(range(18))
+    assert frame["rank"].tolist() == [1, 2] * 9
+    (cell,) = [group for key, group in frame.groupby(["layer", "position"]) if key == (2, 1)]
+    assert cell["token"].tolist() == [" t1"] * 2
+    assert list(zip(cell["top_token"], cell["top_prob"], strict=True)) == trajectory.top(layer=2, token=1)
+    first = frame[frame["rank"] == 1].drop(columns="rank").reset_index(drop=True)
+    assert first.equals(trajectory.to_frame()[list(first.columns)])
+
+
 def test_a_frame_has_a_row_for_each_cell():
     frame = trajectory_of().to_frame()
     assert list(frame.columns) == [
@@ -188,13 +204,6 @@ def assert_same(read, written):
         else:
             assert ours == theirs, field.name
             assert type(ours) is type(theirs), field.name
-
-
-NO_TARGETS = {
-    "target_ids": np.zeros(0, np.int32),
-    "target_logprobs": np.zeros((3, 3, 0), np.float32),
-    "target_ranks": np.zeros((3, 3, 0), np.int32),
-}
 
 
 @pytest.mark.parametrize(
@@ -331,54 +340,3 @@ def test_nothing_is_ever_unpickled(tmp_path, write):
     with pytest.raises(FileFormatError):
         Trajectory.load(tmp_path / "a")
     assert exploded == []
-
-
-# ---- differences
-
-
-def test_a_difference_is_other_minus_base():
-    base = trajectory_of()
-    other = replace(base, entropy=base.entropy * 3, kl_to_final=base.kl_to_final + 5, next_rank=base.next_rank + 2)
-    diff = base.diff(other)
-    assert diff.metric("entropy").tolist() == (2 * base.entropy).tolist()
-    assert (diff.metric("kl") == 5).all()
-    assert (diff.metric("rank") == 2).all()
-    assert not diff.top1_changed.any()
-    assert (other.diff(base).metric("kl") == -5).all()
-
-
-def test_the_difference_of_probability_follows_the_token_that_other_puts_first():
-    base = trajectory_of(((7,), (7,), (7,)), layers=(0, 1, 2))
-    first, second = base.top_logprobs[..., 0], base.top_logprobs[..., 1]
-    turned = replace(base, top_ids=base.top_ids[..., ::-1], top_logprobs=np.stack([first, second], -1))
-    diff = base.diff(turned)
-    assert diff.top1_changed.all()
-    # what `other` says first was the second of `base`
-    np.testing.assert_allclose(diff.metric("prob"), np.exp(first) - np.exp(second), rtol=1e-6)
-    foreign = replace(base, top_ids=np.stack([np.full((3, 1), 99), np.full((3, 1), 98)], -1).astype(np.int32))
-    np.testing.assert_allclose(base.diff(foreign).metric("prob"), np.exp(first), rtol=1e-6)
-    np.testing.assert_allclose(base.diff(base).metric("prob"), 0, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("other_ids", "common"), [((20, 21, 22), 3), ((20, 21, 99), 2), ((99, 21, 22), 0), ((20, 99, 22), 1)]
-)
-def test_two_are_compared_over_the_tokens_they_share_from_the_start(other_ids, common):
-    base = trajectory_of()
-    other = replace(base, token_ids=np.array(other_ids, np.int32))
-    for diff in (base.diff(other), other.diff(base)):
-        assert (diff.base.n_tokens, diff.other.n_tokens) == (common, common)
-        assert diff.metric("entropy").shape == diff.top1_changed.shape == (3, common)
-
-
-def test_the_longer_of_two_is_cut():
-    base = trajectory_of()
-    diff = TrajectoryDiff.between(base, base.truncated(2))
-    assert diff.base.n_tokens == diff.other.n_tokens == 2
-    assert diff.base.tokens == (" t0", " t1")
-
-
-@pytest.mark.parametrize("changes", [{"layers": (0, 2, 4)}, {"site": "resid_pre"}])
-def test_what_was_read_elsewhere_cannot_be_compared(changes):
-    with pytest.raises(UserError, match=r"cannot compare resid_post at layers 0,2,5 with resid_p.* at layers 0,2,"):
-        trajectory_of().diff(trajectory_of(**changes))

@@ -1,0 +1,65 @@
+"""`SiteTrajectories`: one sequence read at several sites."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from nblens.files import replace_file
+from nblens.lens.export import as_frame, as_json
+from nblens.lens.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["SiteTrajectories"]
+
+
+class SiteTrajectories(dict[str, Trajectory]):
+    """Trajectories of one sequence by site: a dict, with what one does to all of them at once.
+
+    >>> both = session.lens("The capital of France is", sites=["resid_pre", "resid_post"])    # doctest: +SKIP
+    >>> both["resid_pre"].top()                                                              # doctest: +SKIP
+    >>> both.to_json("lens.json")                                                            # doctest: +SKIP
+    """
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """All sites as one JSON object, each a component of a layer; see `Trajectory.to_json`."""
+        text = as_json(self)
+        if path is not None:
+            replace_file(path, text.encode())
+        return text
+
+    def to_frame(self, *, long: bool = False) -> pd.DataFrame:
+        """All sites under each other, with a first column `site`; see `Trajectory.to_frame`."""
+        import pandas as pd
+
+        frames = {site: as_frame(trajectory, long=long) for site, trajectory in self.items()}
+        return pd.concat(frames, names=["site", None]).reset_index("site").reset_index(drop=True)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, metric: str = "prob") -> str:
+        """A grid for each site, on one scale, as one self-contained HTML page; written where `path` is given."""
+        from nblens.lens.html import render_page
+
+        page = render_page(self, metric=metric)
+        if path is not None:
+            replace_file(path, page.encode())
+        return page
+
+    def plot(self, metric: str = "prob") -> Figure:
+        """A grid for each site, on one scale, as a matplotlib figure."""
+        from nblens import plots
+
+        return plots.trajectory_grid(self, metric=metric)
+
+    def plot_depth(self, metric: str = "entropy") -> Figure:
+        """A metric over depth with a curve for each site; see `Trajectory.plot_depth`."""
+        from nblens import plots
+
+        return plots.depth_curves(self, metric)
+
+    def _repr_html_(self) -> str:
+        from nblens.lens.html import render_fragment
+
+        return render_fragment(self)

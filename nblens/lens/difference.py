@@ -1,0 +1,114 @@
+"""What differs between two trajectories: `TrajectoryDiff`, and the `Comparison` of a steered run with its base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nblens.errors import UserError
+from nblens.layers import format_layers
+from nblens.lens.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Comparison", "TrajectoryDiff"]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class TrajectoryDiff:
+    """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens)."""
+
+    base: Trajectory
+    other: Trajectory
+    top1_changed: np.ndarray
+    """bool (n_layers, n_tokens)"""
+
+    @classmethod
+    def between(cls, base: Trajectory, other: Trajectory) -> TrajectoryDiff:
+        """Align the two on their longest common run of tokens from the start."""
+        if base.layers != other.layers or base.site != other.site:
+            raise UserError(
+                f"cannot compare {base.site} at layers {format_layers(base.layers)} with "
+                f"{other.site} at layers {format_layers(other.layers)}"
+            )
+        length = min(base.n_tokens, other.n_tokens)
+        differs = base.token_ids[:length] != other.token_ids[:length]
+        length = int(np.argmax(differs)) if differs.any() else length
+        base, other = base.truncated(length), other.truncated(length)
+        return cls(base, other, base.top_ids[..., 0] != other.top_ids[..., 0])
+
+    def metric(self, name: str) -> np.ndarray:
+        """Signed difference of a metric, (n_layers, n_tokens).
+
+        "prob" follows one token through both runs: the token that `other` puts first. It is the change of that
+        token's probability; where the token is not among the top k of `base`, its probability there counts as 0,
+        and the change shown is too large by at most `prob_uncertainty`.
+        """
+        if name == "prob":
+            base = np.where(self._same_token, np.exp(self.base.top_logprobs), 0.0).sum(-1)
+            return np.exp(self.other.top_logprobs[..., 0]) - base
+        return self.other.metric(name).astype(np.float32) - self.base.metric(name)
+
+    @property
+    def prob_uncertainty(self) -> np.ndarray:
+        """By how much `metric("prob")` may be too large, (n_layers, n_tokens): 0 where it is exact.
+
+        Elsewhere it is the probability of the last of `base`'s top k, which the token cannot exceed; a larger
+        `top_k` makes it smaller.
+        """
+        return np.where(self._same_token.any(-1), 0.0, np.exp(self.base.top_logprobs[..., -1]))
+
+    @property
+    def _same_token(self) -> np.ndarray:
+        """Where `base` holds what `other` puts first, bool (n_layers, n_tokens, k)."""
+        return self.base.top_ids == self.other.top_ids[..., :1]
+
+    def __repr__(self) -> str:
+        return (
+            f"TrajectoryDiff({self.base.n_layers} layers × {self.base.n_tokens} tokens, "
+            f"top token changed in {self.top1_changed.mean():.0%} of cells)"
+        )
+
+    def _repr_html_(self) -> str:
+        from nblens.lens.html import render_fragment
+
+        return render_fragment(self)
+
+    def plot(self, metric: str = "prob") -> Figure:
+        """The differences as a matplotlib figure with a diverging map."""
+        from nblens import plots
+
+        return plots.trajectory_grid(self, metric=metric)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Comparison:
+    """The same prompt without and with steering: two rows of one batch."""
+
+    base: Trajectory
+    steered: Trajectory
+    base_text: str = ""
+    """new text without steering; empty where nothing was generated"""
+    steered_text: str = ""
+
+    @property
+    def diff(self) -> TrajectoryDiff:
+        """`steered - base`."""
+        return self.base.diff(self.steered)
+
+    def plot(self, metric: str = "prob") -> Figure:
+        """Base, steered and their difference as a matplotlib figure."""
+        from nblens import plots
+
+        return plots.trajectory_grid(self, metric=metric)
+
+    def __repr__(self) -> str:
+        return f"Comparison(base={self.base!r}, steered={self.steered!r})"
+
+    def _repr_html_(self) -> str:
+        from nblens.lens.html import render_fragment
+
+        return render_fragment(self)
