@@ -24,6 +24,7 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
+    from nblens.lens.attribution import Attribution
     from nblens.lens.difference import Comparison, TrajectoryDiff
     from nblens.lens.trajectory import Trajectory
     from nblens.loading import attach, current, load
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 # Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
 _LAZY = {
+    "Attribution": "nblens.lens.attribution",
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
     "Session": "nblens.session",
@@ -49,6 +51,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "Attribution",
     "Comparison",
     "DeviceMemoryError",
     "FileFormatError",

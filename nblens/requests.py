@@ -14,7 +14,7 @@ from nblens.layers import parse_layers
 from nblens.model.architecture import Architecture
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, encode, single_token
-from nblens.specs import CaptureSpec, ExtractionSpec, GenerationSpec, LensSpec
+from nblens.specs import LENS_METRICS, AttributionSpec, CaptureSpec, ExtractionSpec, GenerationSpec, LensSpec
 from nblens.steering.extraction import METHODS
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class RequestBuilder:
         top_k: int = 5,
         targets: Sequence[str | int] | str | int | None = None,
         lens: str = "logit",
+        metrics: Sequence[str] = LENS_METRICS,
     ) -> LensSpec:
         """What the lens shall read."""
         vocab_size = self.architecture.vocab_size
@@ -67,22 +68,33 @@ class RequestBuilder:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
         if lens != "logit":
             raise UserError(f"lens {lens!r} is unknown; one of logit")
-        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets or ())
         return LensSpec(
             blocks=parse_layers(layers, self.architecture.n_blocks),
             sites=_site_names(sites),
             top_k=int(top_k),
-            target_ids=tuple(single_token(self.tokenizer, target, vocab_size) for target in wanted),
+            target_ids=self._target_ids(targets),
             lens=lens,
+            metrics=_metrics(metrics),
         )
 
     def lens_from(self, options: Mapping[str, Any] | bool) -> LensSpec:
         """What the lens shall read, from True or a dict of the arguments of `lens`."""
         options = {} if options is True else dict(options)
-        known = ("layers", "sites", "top_k", "targets", "lens")
+        known = ("layers", "sites", "top_k", "targets", "lens", "metrics")
         if unknown := sorted(set(options) - set(known)):
             raise UserError(f"lens option {unknown[0]!r} is unknown; one of {', '.join(known)}")
         return self.lens(**options)
+
+    def attribution(self, layers: Any, targets: Sequence[str | int] | str | int) -> AttributionSpec:
+        """Whose logits shall be taken apart."""
+        target_ids = self._target_ids(targets)
+        if not target_ids:
+            raise UserError("attribute needs at least one target token")
+        return AttributionSpec(parse_layers(layers, self.architecture.n_blocks), target_ids)
+
+    def _target_ids(self, targets: Sequence[str | int] | str | int | None) -> Ids:
+        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets if targets is not None else ())
+        return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
     def capture(
         self,
@@ -163,6 +175,13 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
     if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= i < len(fed)]:
         raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
     return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
+
+
+def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    if unknown := [name for name in names if name not in LENS_METRICS]:
+        raise UserError(f"metric {unknown[0]!r} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()")
+    return names
 
 
 def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:

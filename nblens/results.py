@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
@@ -93,6 +94,10 @@ class RunResult:
             return {}
         sites = self.spec.lens.sites
         return SiteTrajectories({site: self._collector.trajectory(row, site, self.timings) for site in sites})
+
+    def attribution(self, row: int) -> Attribution:
+        """A row's logits and their parts."""
+        return self._collector.attribution(row, self.timings)
 
     def activations(self, row: int) -> dict[str, torch.Tensor]:
         """Raw activations of a row by site, (n_layers, n_tokens, d_model)."""

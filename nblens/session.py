@@ -12,6 +12,7 @@ import torch
 
 from nblens.errors import Interrupted, NoModelError, UserError
 from nblens.layers import parse_layers
+from nblens.lens.attribution import Attribution
 from nblens.lens.difference import Comparison
 from nblens.model.placement import Placement
 from nblens.model.tokens import TokenTexts
@@ -20,7 +21,16 @@ from nblens.results import Generation, RunResult
 from nblens.runtime.backend import Backend
 from nblens.runtime.engine import Engine
 from nblens.runtime.local import LocalBackend
-from nblens.specs import Event, ExtractionFinished, ExtractionSpec, RunSpec, Steer, SteeringWrite, check_coefficient
+from nblens.specs import (
+    LENS_METRICS,
+    Event,
+    ExtractionFinished,
+    ExtractionSpec,
+    RunSpec,
+    Steer,
+    SteeringWrite,
+    check_coefficient,
+)
 from nblens.steering.extraction import best_block
 from nblens.steering.store import LiveSteering, Steering, VectorStore, check_name
 from nblens.steering.vectors import SteeringVector
@@ -73,6 +83,7 @@ class Session:
         chat: bool = False,
         seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
+        metrics: Sequence[str] = LENS_METRICS,
     ) -> Any:
         """Read what every block would have said at every token.
 
@@ -87,7 +98,7 @@ class Session:
         layers : int, slice, str or sequence, optional
             Blocks to read: ints, slices, ``"0-4,10,-1"``, ``"::4"``. None: all.
         sites : str or sequence of str
-            Where in a block: "resid_pre", "resid_post".
+            Where in a block: "resid_pre", "ln1_out", "attn_out", "resid_mid", "ln2_out", "mlp_out", "resid_post".
         top_k : int
             How many of the most likely tokens to keep per cell.
         targets : sequence of str or int, optional
@@ -106,6 +117,8 @@ class Session:
             trials in one batch.
         temperature : float
             0: greedy.
+        metrics : sequence of {"entropy", "kl", "rank"}
+            What to compute beside log-probabilities; what is left out is NaN, and −1 for ranks.
 
         Returns
         -------
@@ -123,7 +136,7 @@ class Session:
         prompts, single = build.prompts(prompt, chat=chat, generate=generate)
         spec = RunSpec(
             prompts=prompts,
-            lens=build.lens(layers, sites, top_k, targets, lens),
+            lens=build.lens(layers, sites, top_k, targets, lens, metrics),
             generation=build.generation(generate, temperature, seed, len(prompts)) if generate else None,
             steering=self._writes(steer, len(prompts)),
         )
@@ -132,6 +145,51 @@ class Session:
             return _shaped((result.trajectories(row) for row in result.rows), sites, single)
 
         return self._run(spec, assemble)
+
+    def attribute(
+        self,
+        prompt: str | Sequence[int],
+        targets: Sequence[str | int] | str | int | None = None,
+        *,
+        layers: Any = None,
+        generate: int = 0,
+        steer: Steering = None,
+        chat: bool = False,
+        seed: int | None = None,
+        temperature: float = 0.0,
+    ) -> Attribution:
+        """Take logits apart into what every block's attention and MLP add to them.
+
+        >>> parts = session.attribute("The capital of France is", ["Paris", "Rome"])
+        >>> parts.contributions["attn_out"].shape
+        (12, 6, 2)
+
+        Direct logit attribution (Elhage et al. 2021): the final norm is held at each token's scale, which makes a
+        logit the sum of the embedding's, the blocks' and the bias's share.
+
+        Parameters
+        ----------
+        targets : sequence of str or int, optional
+            Tokens (text or ids). None: the most likely token after the prompt.
+        layers, generate, steer, chat, seed, temperature
+            As in `lens`.
+
+        Raises
+        ------
+        UserError
+            The blocks norm the stream after each addition, or their parts could not be found.
+        """
+        build = self._build
+        ids = build.one_prompt(prompt, "attribute", chat=chat, generate=generate)
+        if targets is None:
+            targets = int(self.lens(list(ids), layers=-1, top_k=1, metrics=(), steer=steer).top_ids[0, -1, 0])
+        spec = RunSpec(
+            prompts=(ids,),
+            attribution=build.attribution(layers, targets),
+            generation=build.generation(generate, temperature, seed, 1) if generate else None,
+            steering=self._writes(steer, 1),
+        )
+        return self._run(spec, lambda result: result.attribution(0))
 
     def compare(
         self,

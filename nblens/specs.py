@@ -23,6 +23,7 @@ __all__ = [
     "PHASES",
     "WRITE_POSITIONS",
     "ActivationSlice",
+    "AttributionSpec",
     "CaptureSpec",
     "Event",
     "ExtractionFinished",
@@ -129,6 +130,14 @@ class LensSpec:
 
 
 @dataclass(frozen=True)
+class AttributionSpec:
+    """Whose logits are taken apart into what every block adds."""
+
+    blocks: tuple[int, ...]
+    target_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CaptureSpec:
     """Which raw activations are kept."""
 
@@ -165,6 +174,7 @@ class RunSpec:
 
     prompts: tuple[tuple[int, ...], ...]
     lens: LensSpec | None = None
+    attribution: AttributionSpec | None = None
     capture: CaptureSpec | None = None
     generation: GenerationSpec | None = None
     steering: tuple[SteeringWrite, ...] = ()

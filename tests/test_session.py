@@ -1179,3 +1179,20 @@ def test_hopelessly_out_of_memory_says_so_and_the_session_goes_on(session):
         session.generate(PROMPT, 3)
     assert hook_count(session.model) == 0
     assert session.generate(PROMPT, 3).token_ids == expected
+
+
+# metrics ------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_asked_for_metrics_are_computed(session):
+    everything, nothing = session.lens(PROMPT), session.lens(PROMPT, metrics=())
+    assert np.isnan(nothing.entropy).all()
+    assert np.isnan(nothing.kl_to_final).all()
+    assert (nothing.next_rank == -1).all()
+    for name in ("top_logprobs", "next_logprob"):
+        np.testing.assert_allclose(getattr(nothing, name), getattr(everything, name), atol=1e-5)
+    one = session.lens(PROMPT, metrics="entropy")
+    np.testing.assert_allclose(one.entropy, everything.entropy, atol=1e-5)
+    assert np.isnan(one.kl_to_final).all()
+    with pytest.raises(UserError, match="metric 'entropi' is unknown; a lens computes entropy, kl, rank, or none"):
+        session.lens(PROMPT, metrics=["entropi"])

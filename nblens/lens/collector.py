@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nblens.lens.attribution import ATTRIBUTION, CONTRIBUTIONS, Attribution
 from nblens.lens.trajectory import Trajectory
-from nblens.specs import LensSpec, ReadoutSlice, RunSpec, TokensSampled
+from nblens.specs import AttributionSpec, LensSpec, ReadoutSlice, RunSpec, TokensSampled
 
 __all__ = ["TrajectoryCollector"]
 
@@ -39,7 +40,7 @@ class TrajectoryCollector:
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""
         lens: LensSpec = self._spec.lens
-        arrays = self._arrays(row, site, lens)
+        arrays = _joined(self._parts(row, site) or [_no_tokens(lens)])
         n_tokens = arrays["top_ids"].shape[1]
         sequence = np.asarray([*self._spec.prompts[row], *self.sampled[row]], dtype=np.int32)
         next_ids = np.full(n_tokens, -1, dtype=np.int32)
@@ -69,13 +70,46 @@ class TrajectoryCollector:
             **arrays,
         )
 
-    def _arrays(self, row: int, site: str, lens: LensSpec) -> dict[str, np.ndarray]:
+    def attribution(self, row: int, timings: Mapping[str, float] | None = None) -> Attribution:
+        """What has been read so far of one row's logits and their parts."""
+        asked: AttributionSpec = self._spec.attribution
+        parts = self._parts(row, ATTRIBUTION) or [_no_logits(asked)]
+        arrays = _joined(parts)
+        n_tokens = arrays["logits"].shape[1]
+        sequence = [*self._spec.prompts[row], *self.sampled[row]][:n_tokens]
+        return Attribution(
+            tokens=tuple(map(self._text_of, sequence)),
+            layers=asked.blocks,
+            target_ids=asked.target_ids,
+            target_tokens=tuple(map(self._text_of, asked.target_ids)),
+            contributions={site: arrays[site] for site in CONTRIBUTIONS},
+            embedding=arrays["embedding"][0],
+            bias=arrays["bias"][0, :1].sum(0),
+            logits=arrays["logits"][0],
+            model=self._model,
+            timings=dict(timings or {}),
+        )
+
+    def _parts(self, row: int, site: str) -> list[Mapping[str, np.ndarray]]:
+        """Arrays of consecutive slices from the first token on."""
         parts, expected = [], 0
         while piece := self._slices[row, site].get(expected):
             parts.append(piece.arrays)
-            expected += piece.arrays["top_ids"].shape[1]
-        parts = parts or [_no_tokens(lens)]
-        return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+            expected += next(iter(piece.arrays.values())).shape[1]
+        return parts
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+
+
+def _no_logits(asked: AttributionSpec) -> dict[str, np.ndarray]:
+    def none(n_layers: int) -> np.ndarray:
+        return np.zeros((n_layers, 0, len(asked.target_ids)), np.float32)
+
+    return dict.fromkeys(CONTRIBUTIONS, none(len(asked.blocks))) | dict.fromkeys(
+        ("embedding", "logits", "bias"), none(1)
+    )
 
 
 def _no_tokens(lens: LensSpec) -> dict[str, np.ndarray]:

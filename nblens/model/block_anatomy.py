@@ -76,10 +76,8 @@ def _without_shared(sites: BlockSites, runs: Counter[nn.Module]) -> BlockSites:
     """Drop sites whose module serves several blocks: a hook could not tell them apart."""
     shared = {site for site, place in sites.found.items() if runs[place.module] > 1}
     reason = "its module runs more than once in a forward pass"
-    return BlockSites(
-        {site: place for site, place in sites.found.items() if site not in shared},
-        sites.missing | dict.fromkeys(shared, reason),
-    )
+    found = {site: place for site, place in sites.found.items() if site not in shared}
+    return replace(sites, found=found, missing=sites.missing | dict.fromkeys(shared, reason))
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class _Equations:
                 found = _contributions(attention, mlp, 1.0)
                 found["resid_mid"] = over_mid.location
                 reason = "its norms stand after attention and MLP, over the sums"
-                return BlockSites(found, {"ln1_out": reason, "ln2_out": reason})
+                return BlockSites(found, {"ln1_out": reason, "ln2_out": reason}, normed=True)
         return None
 
     def _pairs(self) -> Iterator[tuple[_Value, _Value, float]]:

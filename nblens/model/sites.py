@@ -50,6 +50,8 @@ class BlockSites:
     found: dict[str, SiteLocation] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """site → reason"""
+    normed: bool = False
+    """a norm lies over each sum, so that contributions do not add up beyond the block"""
 
 
 class SiteMap:
@@ -78,6 +80,15 @@ class SiteMap:
                 f"block {block} of this {self._architecture.family} model has no {site}: {sites.missing[site]}"
             )
         return sites.found[site]
+
+    def check_additive(self) -> None:
+        """Raise `UserError` unless every block adds its attention's and its MLP's output to the stream as they are."""
+        for block, sites in enumerate(self.blocks):
+            if sites.normed:
+                raise UserError(
+                    f"block {block} of this {self._architecture.family} model norms the stream after each addition: "
+                    "its logits are no sum of what the blocks add"
+                )
 
     @property
     def blocks(self) -> list[BlockSites]:

@@ -10,8 +10,9 @@ together. matplotlib is imported when a figure is made, not before. A figure sho
 without ``%matplotlib``.
 """
 
+from nblens.plots.bars import attribution_bars
 from nblens.plots.curves import depth_curves, token_curves
 from nblens.plots.decided import decided_histogram
 from nblens.plots.grid import trajectory_grid
 
-__all__ = ["decided_histogram", "depth_curves", "token_curves", "trajectory_grid"]
+__all__ = ["attribution_bars", "decided_histogram", "depth_curves", "token_curves", "trajectory_grid"]

@@ -59,10 +59,9 @@ class ActivationRecorder:
             self._file.write(name, event.start, event.values)
             return
         if isinstance(event, TokensSampled):
-            if event.step == 0:  # again, after a restart with a smaller chunk
-                self._sampled = [[] for _ in self._spec.prompts]
             for row, token in zip(self._sampled, event.token_ids, strict=True):
-                row += [] if token is None else [token]
+                if token is not None:
+                    row[event.step :] = [token]  # again, after a restart with a smaller chunk
         elif isinstance(event, RunFinished):
             self._finish()
         self._emit(event)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 from nblens.errors import DeviceMemoryError
+from nblens.lens.attribution import AttributionReader
 from nblens.lens.reader import LensReader
 from nblens.model.architecture import find_architecture, input_device, output_device
 from nblens.model.capture import CaptureBuffer, RowSpan
@@ -159,6 +160,16 @@ class Engine:
 
         return DynamicCache(config=self.model.config)
 
+    def readers(self, spec: RunSpec) -> list[LensReader | AttributionReader]:
+        """What reads captured activations; the lens last, for it overwrites them."""
+        readers: list[LensReader | AttributionReader] = []
+        if spec.attribution:
+            self.sites.check_additive()
+            readers.append(AttributionReader(self.architecture, spec.attribution))
+        if spec.lens:
+            readers.append(LensReader(self.architecture, self.readout, spec.lens))
+        return readers
+
     def hook_points(
         self, bank: SteeringBank, buffer: CaptureBuffer | None, places: dict[str, Sequence[int]], rows: int
     ) -> list[HookPoint]:
@@ -211,7 +222,7 @@ class _Run:
         self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
         self._width = max(1, chunk // batch.rows)
         self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
-        self._lens = LensReader(engine.architecture, engine.readout, spec.lens) if spec.lens else None
+        self._readers = engine.readers(spec)
         self._places = self._capture_places()
         self._buffer: CaptureBuffer | None = None
         self._timings: dict[str, float] = defaultdict(float)
@@ -272,8 +283,8 @@ class _Run:
         if spans:
             if self._spec.capture:
                 self._emit_activations(captured, spans)
-            if self._lens:
-                self._lens.read(captured, spans, self._emit)
+            for reader in self._readers:
+                reader.read(captured, spans, self._emit)
         self._last_flush = time.perf_counter()
         self._timings["readout"] += self._last_flush - began
 
@@ -293,10 +304,10 @@ class _Run:
                     self._emit(ActivationSlice(span.row, site, start, values))
 
     def _capture_places(self) -> dict[str, tuple[int, ...]]:
-        """Blocks to keep per site: what the lens needs and what was asked for raw, ascending."""
+        """Blocks to keep per site: what the readers need and what was asked for raw, ascending."""
         places: dict[str, set[int]] = defaultdict(set)
-        if self._lens:
-            for site, blocks in self._lens.places.items():
+        for reader in self._readers:
+            for site, blocks in reader.places.items():
                 places[site].update(blocks)
         if self._spec.capture:
             for site in self._spec.capture.sites:

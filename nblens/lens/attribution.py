@@ -1,0 +1,125 @@
+"""Direct logit attribution: what each block's attention and MLP add to the logit of a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nblens.errors import UserError
+from nblens.model.architecture import Architecture
+from nblens.model.capture import RowSpan
+from nblens.model.frozen_tail import FrozenTail
+from nblens.specs import AttributionSpec, ReadoutSlice
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["ATTRIBUTION", "CONTRIBUTIONS", "Attribution", "AttributionReader"]
+
+ATTRIBUTION = "attribution"
+"""What slices of an attribution carry in place of a site's name."""
+CONTRIBUTIONS = ("attn_out", "mlp_out")
+"""What a block adds to the residual stream."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Attribution:
+    """Each logit as a sum: the embedding, what every block's attention and MLP added, and the bias.
+
+    >>> parts = session.attribute("The capital of France is", [" Paris", " Rome"])     # doctest: +SKIP
+    >>> parts.contributions["mlp_out"][:, -1, 0]                                         # doctest: +SKIP
+
+    The final norm is held at each token's own scale (Elhage et al. 2021), and logits are those before a soft-cap. With
+    all layers and no steering, `embedding + contributions + bias = logits`; `remainder` is what is left of them.
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    target_ids: tuple[int, ...]
+    target_tokens: tuple[str, ...]
+    contributions: Mapping[str, np.ndarray]
+    """attn_out and mlp_out → float32 (n_layers, n_tokens, n_targets), in logits"""
+    embedding: np.ndarray
+    """float32 (n_tokens, n_targets): of what enters block 0"""
+    bias: np.ndarray
+    """float32 (n_targets,)"""
+    logits: np.ndarray
+    """float32 (n_tokens, n_targets)"""
+    model: str = ""
+    timings: Mapping[str, float] = field(default_factory=dict)
+    """seconds per phase"""
+
+    @property
+    def remainder(self) -> np.ndarray:
+        """What the parts leave of the logits, float32 (n_tokens, n_targets): layers left out, and steering."""
+        total = sum(values.sum(0) for values in self.contributions.values())
+        return self.logits - self.embedding - self.bias - total
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per part, token position and target."""
+        import pandas as pd
+
+        rows = []
+        for site, values in self.contributions.items():
+            for (row, position, target), value in np.ndenumerate(values):
+                rows.append((site, self.layers[row], position, self.target_tokens[target], value))
+        for (position, target), value in np.ndenumerate(self.embedding):
+            rows.append(("embedding", -1, position, self.target_tokens[target], value))
+        return pd.DataFrame(rows, columns=["part", "layer", "position", "target", "logit"])
+
+    def plot(self, position: int = -1) -> Figure:
+        """Bars over the blocks for one token position, attention and MLP apart, a panel per target."""
+        from nblens import plots
+
+        if not -len(self.tokens) <= position < len(self.tokens):
+            raise UserError(f"position {position} is outside these {len(self.tokens)} tokens")
+        return plots.attribution_bars(self, position)
+
+    def __repr__(self) -> str:
+        return (
+            f"Attribution({len(self.layers)} layers × {len(self.tokens)} tokens × {len(self.target_ids)} targets, "
+            f"{self.model})"
+        )
+
+
+class AttributionReader:
+    """Reads captured contributions as an `AttributionSpec` asks."""
+
+    def __init__(self, architecture: Architecture, spec: AttributionSpec) -> None:
+        self._spec, self._last = spec, architecture.n_blocks - 1
+        self._tail = FrozenTail(architecture, list(spec.target_ids))
+
+    @property
+    def places(self) -> dict[str, tuple[int, ...]]:
+        """Blocks to capture at each site."""
+        return {
+            **dict.fromkeys(CONTRIBUTIONS, self._spec.blocks),
+            "resid_pre": (0,),
+            "resid_post": (self._last,),
+        }
+
+    def read(
+        self,
+        captured: Mapping[str, torch.Tensor],
+        spans: Sequence[RowSpan],
+        emit: Callable[[ReadoutSlice], None],
+    ) -> None:
+        """Emit a slice per row."""
+        final = captured["resid_post"][-1]
+        scales = self._tail.scales(final)[:, None]
+
+        def project(hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.double() @ self._tail.directions * scales
+
+        arrays = {site: torch.stack([project(slot) for slot in captured[site]]) for site in CONTRIBUTIONS}
+        arrays["embedding"] = project(captured["resid_pre"][0])[None]
+        arrays["logits"] = (project(final) + self._tail.bias)[None]
+        arrays["bias"] = self._tail.bias.expand(1, len(final), -1)
+        for span in spans:
+            values = {name: array[:, span.place].float().cpu().numpy() for name, array in arrays.items()}
+            emit(ReadoutSlice(span.row, ATTRIBUTION, span.start, values))
