@@ -1,10 +1,11 @@
 """How much tensor memory a lens over a whole prompt needs, beside keeping all logits.
 
-    python -m benchmarks.lens_memory [--tokens 512] [--blocks 12] [--width 512] [--vocabulary 32000]
+    python -m benchmarks.lens_memory [--tokens 512 1500] [--blocks 12] [--width 512] [--vocabulary 32000]
 
 Extra memory is the peak of the instrumented run minus the peak of the same chunked run without instruments, from
 the allocator events of PyTorch's profiler; results (top-k ids, log-probabilities, …) are not tensors by then and do
-not count. The naive stack is what a first try does: all hidden states, the lm_head on all of them, softmax, top-k.
+not count. The naive stack is what a first try does: all hidden states, the lm_head on all of them, softmax, top-k;
+where it would take more than 8 GB it is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from benchmarks.models import llama_shape, random_prompt
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
 from nblens.specs import LensSpec, RunSpec
+
+_LARGEST_NAIVE = 8e9
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -56,7 +59,8 @@ def measure(n_tokens: int, n_blocks: int, d_model: int, vocab_size: int, top_k: 
 
     bare = peak_bytes(run(RunSpec((prompt,))))
     instrumented = peak_bytes(run(RunSpec((prompt,), lens=lens)))
-    naive = peak_bytes(lambda: naive_stack(model, prompt, top_k))
+    logits_bytes = 4 * n_blocks * n_tokens * vocab_size
+    naive = peak_bytes(lambda: naive_stack(model, prompt, top_k)) if 2 * logits_bytes < _LARGEST_NAIVE else float("nan")
     return {
         "bare_mb": bare / 1e6,
         "instrumented_mb": instrumented / 1e6,
@@ -68,13 +72,15 @@ def measure(n_tokens: int, n_blocks: int, d_model: int, vocab_size: int, top_k: 
 def main() -> None:
     """Measure and print, as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     arguments = parser.parse_args()
-    result = measure(arguments.tokens, arguments.blocks, arguments.width, arguments.vocabulary)
-    print(json.dumps({**vars(arguments), "torch": torch.__version__, **{k: round(v, 1) for k, v in result.items()}}))
+    for n_tokens in arguments.tokens:
+        result = measure(n_tokens, arguments.blocks, arguments.width, arguments.vocabulary)
+        shape = {**vars(arguments), "tokens": n_tokens, "torch": torch.__version__}
+        print(json.dumps({**shape, **{k: round(v, 1) for k, v in result.items()}}), flush=True)
 
 
 if __name__ == "__main__":
