@@ -28,6 +28,7 @@ __all__ = [
     "UserError",
     "VectorMismatchError",
     "WorkerError",
+    "first_line",
 ]
 
 
@@ -77,3 +78,8 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, partial: Any = None) -> None:
         super().__init__(message)
         self.partial = partial
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line, for a message that quotes it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import NoModelError, UserError
+from nblens.errors import NoModelError, UserError, first_line
 from nblens.model.placement import describe_placement
 from nblens.runtime.engine import Engine
 from nblens.session import Session
@@ -80,7 +80,7 @@ def load(
         config = AutoConfig.from_pretrained(source, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     _check_files(source)
     device_map = _device_map(devices)
     dtype = _dtype(dtype, device_map)
@@ -98,7 +98,7 @@ def load(
                 **where,
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load {model!r}: {_first_line(error)}") from error
+        raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     return _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
 
 
@@ -152,7 +152,7 @@ def _check_files(source: str) -> None:
                 with safe_open(path, framework="np"):
                     pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot load {source!r}: {path.name} is damaged: {_first_line(error)}") from error
+        raise UserError(f"cannot load {source!r}: {path.name} is damaged: {first_line(error)}") from error
     if not files:
         raise UserError(f"cannot load {source!r}: it holds no weights (*.safetensors)")
 
@@ -195,7 +195,3 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill shorter rows with; it is masked, so any will do."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token for token in candidates if token is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

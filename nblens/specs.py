@@ -222,9 +222,10 @@ class ActivationSlice:
 
 @dataclass(frozen=True)
 class TokensSampled:
-    """One decoding step: the new token of every row, None for a row that had ended."""
+    """One decoding step: the new token of every row, None for a row that had ended or was not fed in this step."""
 
     step: int
+    """how many new tokens the fed rows had before"""
     token_ids: tuple[int | None, ...]
 
 

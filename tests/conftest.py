@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from family_outcomes import OUTCOMES
 from tiny_models import tiny_tokenizer
 
 import nblens
+from nblens.errors import first_line
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
 from nblens.specs import Event, RunSpec
@@ -52,3 +54,16 @@ def run_spec() -> Callable[..., list[dict[str, Trajectory]]]:
         return [{site: collector.trajectory(row, site) for site in spec.lens.sites} for row in rows]
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Count what became of the model families that were built."""
+    if not OUTCOMES:
+        return
+    terminalreporter.section("model families")
+    for status in sorted({outcome.status for outcome in OUTCOMES.values()}):
+        found = {family: outcome for family, outcome in sorted(OUTCOMES.items()) if outcome.status == status}
+        terminalreporter.write_line(f"{len(found)} {status}")
+        for family, outcome in found.items():
+            if status != "proven":
+                terminalreporter.write_line(f"    {family}: {first_line(outcome.reason)}")

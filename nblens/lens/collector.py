@@ -17,7 +17,8 @@ __all__ = ["TrajectoryCollector"]
 class TrajectoryCollector:
     """Takes in the events of a run; a trajectory can be built at any time, also of an unfinished run.
 
-    Slices are placed by their position: one that comes twice, after a restart with a smaller chunk, replaces itself.
+    Slices and tokens are placed by their position: one that comes twice, after a restart with a smaller chunk,
+    replaces itself.
     """
 
     def __init__(self, spec: RunSpec, n_blocks: int, model: str, text_of: Callable[[int], str]) -> None:
@@ -31,11 +32,9 @@ class TrajectoryCollector:
         if isinstance(event, ReadoutSlice):
             self._slices[event.row, event.site][event.start] = event
         elif isinstance(event, TokensSampled):
-            if event.step == 0:  # again, after a restart with a smaller chunk
-                self.sampled = [[] for _ in self._spec.prompts]
             for row, token in zip(self.sampled, event.token_ids, strict=True):
                 if token is not None:
-                    row.append(token)
+                    row[event.step :] = [token]
 
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""

@@ -2,20 +2,20 @@
 
 No table of families: the block list is found from transformers' own metadata, the tail (what runs between the
 last block and the lm_head) by watching one tiny forward pass, the logit transform by comparing what the lm_head
-returned with the model's logits. `prove` then checks the whole: a random residual put in place of the last
+makes of it with the model's logits. `prove` then checks the whole: a random residual put in place of the last
 block's output must give, through our readout, the model's own logits.
 """
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from nblens.errors import UnsupportedModelError
+from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ __all__ = [
     "logit_tolerance",
     "named_scale",
     "output_device",
+    "probe_ids",
     "probe_logits",
     "prove",
 ]
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 8
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""what configurations call the soft-cap of the logits"""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class LogitTransform:
     """What the model does to the lm_head's output: `softcap · tanh(scale · z / softcap)`.
 
     The order and form are those of gemma2 (`final_logit_softcapping`), cohere (`logit_scale`) and granite
-    (`1 / logits_scaling`); scale 1 without soft-cap is the identity.
+    (`1 / logits_scaling`); scale 1 without soft-cap is the identity. What minicpm3 multiplies the lm_head's input by
+    counts as a scale too: the head has no bias.
     """
 
     scale: float = 1.0
@@ -95,12 +99,12 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         Names the part that could not be found, or the mismatch of the readout.
     """
     family = getattr(model.config, "model_type", type(model).__name__)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder and a decoder; only decoders alone are read")
     blocks_path, blocks = _find_blocks(model)
-    lm_head = model.get_output_embeddings()
+    lm_head = _find_lm_head(model)
     if lm_head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no lm_head (get_output_embeddings() is None)")
-    if "cache_params" in inspect.signature(model.forward).parameters:  # state-space models
-        raise UnsupportedModelError(f"{type(model).__name__} keeps its state in another form than past_key_values")
     paths = {module: path for path, module in model.named_modules()}
     trace = _trace_tail(model, blocks, lm_head)
     if trace.logits.shape != trace.head_output.shape:
@@ -119,8 +123,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         d_model=trace.residual.shape[-1],
         vocab_size=trace.logits.shape[-1],
         dtype=trace.residual.dtype,
-        transform=_find_transform(model, trace),
     )
+    architecture = replace(architecture, transform=_find_transform(model, architecture, trace))
     prove(model, architecture)
     return architecture
 
@@ -151,12 +155,7 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
         expected = probe_logits(model).float()
     if not injected:
         raise UnsupportedModelError(f"the last of {architecture.blocks_path} did not run in a forward pass")
-    try:
-        readout = architecture.lm_head(architecture.apply_tail(injected[-1]))
-    except RuntimeError as error:
-        raise UnsupportedModelError(
-            f"{architecture.family}: {_route(architecture)} cannot be run alone: {error}"
-        ) from error
+    readout = _project(architecture, injected[-1])
     # in the model's own precision: rounding inside a soft-cap must not look like a mismatch
     error = (architecture.transform.apply_(readout).float() - expected.to(readout.device)).abs().max().item()
     tolerance = logit_tolerance(expected, architecture.dtype)
@@ -166,6 +165,16 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
             f"{error:.3g} (allowed {tolerance:.3g}); something else acts between the last block and the logits"
         )
     return error
+
+
+def _project(architecture: Architecture, hidden: torch.Tensor) -> torch.Tensor:
+    """Tail and lm_head of residuals, without the transform of the logits."""
+    try:
+        return architecture.lm_head(architecture.apply_tail(hidden))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{architecture.family}: {_route(architecture)} cannot be run alone: {first_line(error)}"
+        ) from error
 
 
 def _route(architecture: Architecture) -> str:
@@ -209,21 +218,38 @@ class _Trace:
     logits: torch.Tensor
 
 
+def _find_lm_head(model: PreTrainedModel) -> nn.Module | None:
+    """The model's own, or that of a causal LM inside it."""
+    models = [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
+    return next((head for module in models if (head := module.get_output_embeddings()) is not None), None)
+
+
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The outermost `ModuleList` with one entry per hidden layer, of the class that transformers says is a block."""
-    n_blocks = model.config.get_text_config(decoder=True).num_hidden_layers
+    """The outermost `ModuleList` with one entry per hidden layer (longcat_flash counts two for each in one place).
+
+    One in what transformers says is the decoder, and of a class that it says is a block, comes before others.
+    """
+    config = model.config.get_text_config(decoder=True)
+    depths = [getattr(config, name) for name in ("num_hidden_layers", "num_layers") if hasattr(config, name)]
+    decoder = set(model.get_decoder().modules())
     block_classes = set(model._no_split_modules or ())
     candidates = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_blocks
+        if isinstance(module, nn.ModuleList) and len(module) in depths
     ]
-    declared = [(path, m) for path, m in candidates if any(type(block).__name__ in block_classes for block in m)]
-    if found := declared or candidates:
-        return min(found, key=lambda item: item[0].count("."))
-    raise UnsupportedModelError(
-        f"{type(model).__name__}: no list of {n_blocks} decoder layers was found (num_hidden_layers of its config)"
-    )
+
+    def rank(candidate: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int]:
+        path, blocks = candidate
+        declared = any(type(block).__name__ in block_classes for block in blocks)
+        return blocks not in decoder, not declared, path.count(".")
+
+    if candidates:
+        return min(candidates, key=rank)
+    reason = "its config names no number of decoder layers (num_hidden_layers)"
+    if depths:
+        reason = f"no list of {depths[0]} decoder layers was found (num_hidden_layers of its config)"
+    raise UnsupportedModelError(f"{type(model).__name__}: {reason}")
 
 
 def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Module) -> _Trace:
@@ -232,17 +258,22 @@ def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Modul
     tail: list[nn.Module] = []
     head_outputs: list[torch.Tensor] = []
     running: list[nn.Module] = []  # modules that started after the last block and have not ended
+    number = {block: i for i, block in enumerate(blocks)}
+    steps = next(path for path, module in model.named_modules() if module is lm_head).split(".")
+    around_head = {model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)}
+    ran: list[int] = []
 
     def started(module: nn.Module, args: Any) -> None:
-        if residuals and not head_outputs:
-            if not running and module is not lm_head:
+        if ran and ran[-1] == len(blocks) - 1 and not head_outputs and module not in around_head:
+            if not running:
                 tail.append(module)
             running.append(module)
 
     def ended(module: nn.Module, args: Any, output: Any) -> None:
         if running and running[-1] is module:
             running.pop()
-        if module is blocks[-1]:
+        if module in number:
+            ran.append(number[module])
             residuals.append(hidden_of(output))
         elif module is lm_head:
             head_outputs.append(output)
@@ -255,36 +286,68 @@ def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Modul
     finally:
         for handle in handles:
             handle.remove()
-    if not residuals or not head_outputs:
-        missing = "last block" if not residuals else "lm_head"
+    if ran[-1:] != [len(blocks) - 1] or not head_outputs:
+        missing = "lm_head" if ran[-1:] == [len(blocks) - 1] else "last block"
         raise UnsupportedModelError(f"{type(model).__name__}: its {missing} did not run in a forward pass")
+    _check_stream(model, ran, residuals, len(blocks))
     return _Trace(tuple(tail), residuals[-1], head_outputs[-1], logits)
 
 
-def probe_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits of one tiny forward pass over random tokens, (rows, tokens, vocab_size), in evaluation mode."""
+def _check_stream(model: PreTrainedModel, ran: list[int], residuals: list[torch.Tensor], n_blocks: int) -> None:
+    """Refuse a model whose blocks do not write one residual stream, each once."""
+    if ran != list(range(n_blocks)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its {n_blocks} blocks do not run once each in order, but "
+            f"{', '.join(map(str, ran))}"
+        )
+    for block, residual in enumerate(residuals):
+        shape = tuple(residual.shape) if torch.is_tensor(residual) else ()
+        if len(shape) != 3 or shape[:2] != (_PROBE_ROWS, _PROBE_TOKENS):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: block {block} returns {shape or type(residual).__name__} for {_PROBE_ROWS} "
+                f"rows of {_PROBE_TOKENS} tokens, not one residual stream (rows, tokens, d_model)"
+            )
+    if len({residual.shape for residual in residuals}) > 1:
+        raise UnsupportedModelError(f"{type(model).__name__}: its blocks differ in d_model")
+
+
+def probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    """Ordinary tokens for a tiny pass, int64 (2, 8) on the CPU: none stands for an image, a sound, or an end."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    named = {name: value for config in configs for name, value in vars(config).items()}
+    special = {value for name, value in named.items() if re.search(r"token_(id|index)$", name) and type(value) is int}
     vocab_size = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocab_size, (_PROBE_ROWS, _PROBE_TOKENS), generator=generator)
+    drawn = torch.randint(0, vocab_size, (len(special) + 1, _PROBE_ROWS * _PROBE_TOKENS), generator=generator)
+    ordinary = [token for token in drawn.flatten().tolist() if token not in special]
+    return torch.tensor(ordinary[: _PROBE_ROWS * _PROBE_TOKENS]).view(_PROBE_ROWS, _PROBE_TOKENS)
+
+
+def probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    """The model's own logits of `probe_ids`, (2, 8, vocab_size), in evaluation mode and without a cache."""
     training = [module for module in model.modules() if module.training]
     model.eval()  # dropout would make two passes differ
     try:
-        return model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+        return model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
     except Exception as error:
-        raise UnsupportedModelError(f"{type(model).__name__} does not run on token ids alone: {error}") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on token ids alone: {first_line(error)}"
+        ) from error
     finally:
         for module in training:
             module.training = True
 
 
-def _find_transform(model: PreTrainedModel, trace: _Trace) -> LogitTransform:
-    """Compare what the lm_head returned with the model's logits.
+def _find_transform(model: PreTrainedModel, architecture: Architecture, trace: _Trace) -> LogitTransform:
+    """Compare what the lm_head makes of the tail's output with the model's logits.
 
-    A soft-cap that the config names is tried first: on small logits it looks like the identity.
+    A scale in front of an lm_head without bias (minicpm3) shows itself like one behind it. A soft-cap that the config
+    names is tried first: on small logits it looks like the identity.
     """
     config = model.config.get_text_config(decoder=True)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    raw, logits = trace.head_output.double(), trace.logits.double().to(trace.head_output.device)
+    softcap = next((getattr(config, name) for name in _SOFTCAPS if hasattr(config, name)), None)
+    raw = _project(architecture, trace.residual).double()
+    logits = trace.logits.double().to(raw.device)
     uncapped = logits
     if softcap is not None:
         # near the cap, rounding hides what was there before it

@@ -16,12 +16,37 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from nblens.errors import UserError
+from nblens.model.feeding import Feeding
 from nblens.specs import GenerationSpec
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedModel
 
-__all__ = ["Batch", "Observer", "Step", "SteppingLoop", "generate_text"]
+__all__ = ["Batch", "Observer", "Step", "SteppingLoop", "cache_name", "generate_text", "new_cache", "takes"]
+
+_CACHES = ("past_key_values", "cache_params", "state")
+"""what models call the memory that they go on from"""
+
+
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether a model's forward has a parameter of this name, or hands it on to its decoder."""
+    parameters = inspect.signature(model.forward).parameters
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return argument in parameters or (
+        hands_on and argument in inspect.signature(model.get_decoder().forward).parameters
+    )
+
+
+def cache_name(model: PreTrainedModel) -> str | None:
+    """Under which name a model takes and returns its cache; None where it has none."""
+    return next((name for name in _CACHES if takes(model, name)), None)
+
+
+def new_cache(model: PreTrainedModel) -> Cache | None:
+    """An empty cache of the kind that the model's layers need; None where the model makes its own."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config) if model._supports_default_dynamic_cache() else None
 
 
 @dataclass(frozen=True)
@@ -86,20 +111,24 @@ class SteppingLoop:
     right through chunked prefill, left padding and the KV cache.
     """
 
-    def __init__(self, model: PreTrainedModel, batch: Batch, observer: Observer, *, width: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: Batch, observer: Observer, *, width: int, feeding: Feeding | None = None
+    ) -> None:
         self._model, self._batch, self._observer = model, batch, observer
-        self._width = max(1, width)
-        self._takes = set(inspect.signature(model.forward).parameters)
+        self._width, self._feeding = max(1, width), feeding or Feeding()
+        self._takes = {name for name in ("position_ids", "logits_to_keep") if takes(model, name)}
+        self._cache_name = cache_name(model)
         self._first = batch.width - torch.tensor(batch.lengths)  # (rows,) column of each row's first token
         self._mask = batch.mask
         self.started = False
         """whether `generate` has called back: an error after that is not about its options"""
 
     @torch.no_grad()
-    def prefill(self, cache: Cache) -> bool:
+    def prefill(self, cache: Cache | None) -> bool:
         """Feed the prompts without sampling; False when the observer stopped the run."""
+        self._cache = cache
         for columns in self._chunks():
-            if self._feed("prompt", columns, cache, keep_logits=False) is None:
+            if self._feed("prompt", columns, keep_logits=False) is None:
                 return False
             self._observer.after(self._step("prompt", columns, self._following(columns)), None)
         return True
@@ -112,7 +141,8 @@ class SteppingLoop:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: GenerationConfig,
-        past_key_values: Cache,
+        past_key_values: Cache | None = None,
+        cache_params: Cache | None = None,
         generators: list[torch.Generator] | None = None,
         **unused: Any,
     ) -> torch.Tensor:
@@ -124,14 +154,15 @@ class SteppingLoop:
             int64 (rows, width + generated): prompts and what was sampled.
         """
         self.started = True
+        self._cache = cache_params if past_key_values is None else past_key_values
         *body, last = self._chunks()
         for columns in body:
-            if self._feed("prompt", columns, past_key_values, keep_logits=False) is None:
+            if self._feed("prompt", columns, keep_logits=False) is None:
                 return input_ids
             self._observer.after(self._step("prompt", columns, self._following(columns)), None)
         phase, columns = "prompt", last
         unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
-        while (logits := self._feed(phase, columns, past_key_values, input_ids, keep_logits=True)) is not None:
+        while (logits := self._feed(phase, columns, input_ids, keep_logits=True)) is not None:
             scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
             sampled = _sample(scores, generators)
             fed = unfinished
@@ -158,7 +189,6 @@ class SteppingLoop:
         self,
         phase: Literal["prompt", "generated"],
         columns: range,
-        cache: Cache,
         input_ids: torch.Tensor | None = None,
         *,
         keep_logits: bool,
@@ -173,17 +203,20 @@ class SteppingLoop:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch.rows, new)], 1)
         arguments: dict[str, Any] = {
             "input_ids": ids,
-            "attention_mask": self._mask[:, : columns.stop],
-            "past_key_values": cache,
+            self._cache_name: self._cache,
             "use_cache": True,
         }
-        if "position_ids" in self._takes:
+        if self._feeding.masked:
+            arguments["attention_mask"] = self._mask[:, : columns.stop]
+        if self._feeding.positions and "position_ids" in self._takes:
             arguments["position_ids"] = self._positions(columns).clamp(min=0).to(ids.device)
         if "logits_to_keep" in self._takes:
             # A lens reads prompt logits itself; the model projects the last column, or nothing at all
             arguments["logits_to_keep"] = 1 if keep_logits else ids.new_empty(0)
-        logits = self._model(**arguments).logits
-        return logits[:, -1] if keep_logits else logits[:, :0]
+        output = self._model(**arguments)
+        grown = getattr(output, self._cache_name, None)
+        self._cache = self._cache if grown is None else grown
+        return output.logits[:, -1] if keep_logits else output.logits[:, :0]
 
     def _positions(self, columns: range) -> torch.Tensor:
         return torch.arange(columns.start, columns.stop) - self._first[:, None]

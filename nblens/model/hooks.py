@@ -113,7 +113,10 @@ def _output_hook(edit: Edit | None, capture: Capture | None) -> Callable[..., An
             capture(hidden)
         if edit is None:
             return None
-        return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+        if not isinstance(output, (tuple, list)):
+            return hidden
+        rest = (hidden, *output[1:])
+        return type(output)._make(rest) if hasattr(output, "_make") else rest
 
     return hook
 

@@ -15,12 +15,14 @@ from nblens.lens.attribution import AttributionReader
 from nblens.lens.reader import LensReader
 from nblens.model.architecture import find_architecture, input_device, output_device
 from nblens.model.capture import CaptureBuffer, RowSpan
-from nblens.model.generation import Batch, Step, SteppingLoop, generate_text
+from nblens.model.generation import Batch, Observer, Step, SteppingLoop, generate_text, new_cache
 from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.probing import find_feeding
 from nblens.model.readout import Readout
 from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
+from nblens.runtime.row_groups import RowGroups
 from nblens.specs import (
     ActivationSlice,
     Event,
@@ -69,6 +71,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.architecture = find_architecture(model)
+        self.feeding = find_feeding(model, self.architecture, pad_id)
         self.readout = Readout(self.architecture)
         self.readout.prove()
         self.sites = SiteMap(model, self.architecture)
@@ -95,6 +98,13 @@ class Engine:
             self._run(spec, emit, control)
 
     def _run(self, spec: RunSpec, emit: Callable[[Event], None], control: Control) -> None:
+        groups = RowGroups(spec, emit, control)
+        for rows in self.feeding.groups(spec.prompts):
+            if not control.cancelled:
+                self._run_group(*groups.start(rows))
+        groups.finish()
+
+    def _run_group(self, spec: RunSpec, emit: Callable[[Event], None], control: Control) -> None:
         batch = self._batch(spec.prompts)
 
         def attempt(chunk: int) -> None:
@@ -106,7 +116,7 @@ class Engine:
                     raise _out_of_memory("generating", batch, chunk) from error
                 raise
 
-        _with_smaller_chunks(attempt, spec.chunk or _CHUNK, batch)
+        _with_smaller_chunks(attempt, spec.chunk or _CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
 
     def _extract(self, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
         """Compute a direction per block in one pass over the texts."""
@@ -135,6 +145,13 @@ class Engine:
 
     def _read_states(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
         """Activations at the read position, float32 (n_blocks, n_texts, d_model)."""
+        shape = (self.architecture.n_blocks, len(texts), self.architecture.d_model)
+        states = torch.zeros(shape, dtype=torch.float32)
+        for rows in self.feeding.groups(texts):
+            states[:, list(rows)] = self._read_group([texts[row] for row in rows], spec, control)
+        return states
+
+    def _read_group(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
         batch = self._batch(texts)
         weights = read_weights(batch, spec.read)
 
@@ -146,19 +163,17 @@ class Engine:
             ]
             with Instrumentation(points):
                 observer = _Reading(reader, control)
-                SteppingLoop(self.model, batch, observer, width=max(1, chunk // batch.rows)).prefill(self.new_cache())
+                self.loop(batch, observer, chunk // batch.rows).prefill(new_cache(self.model))
             return reader.states
 
-        return _with_smaller_chunks(attempt, 4 * _CHUNK, batch)
+        return _with_smaller_chunks(attempt, 4 * _CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
         return Batch.of(prompts, self._pad_id, input_device(self.model))
 
-    def new_cache(self):
-        """An empty KV cache of the kind that the model's layers need."""
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
+    def loop(self, batch: Batch, observer: Observer, width: int) -> SteppingLoop:
+        """The loop over one batch, in steps of `width` columns."""
+        return SteppingLoop(self.model, batch, observer, width=width, feeding=self.feeding)
 
     def readers(self, spec: RunSpec) -> list[LensReader | AttributionReader]:
         """What reads captured activations; the lens last, for it overwrites them."""
@@ -236,9 +251,9 @@ class _Run:
         engine, spec = self._engine, self._spec
         self._buffer = self._new_buffer() if self._places else None
         with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places, self._batch.rows)):
-            loop = SteppingLoop(engine.model, self._batch, self, width=self._width)
+            loop = engine.loop(self._batch, self, self._width)
             if spec.generation is None:
-                loop.prefill(engine.new_cache())
+                loop.prefill(new_cache(engine.model))
             else:
                 generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
             self._flush()
@@ -322,17 +337,18 @@ class _Run:
         return CaptureBuffer(architecture, self._places, capacity, output_device(architecture))
 
 
-def _with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, batch: Batch) -> Result:
-    """Call `attempt` with a chunk that is halved each time memory runs out, down to one column at a time."""
+def _with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, fewest: int, batch: Batch) -> Result:
+    """Call `attempt` with a chunk that is halved each time memory runs out, down to the fewest tokens of a step."""
+    chunk = max(chunk, fewest)
     while True:
         try:
             return attempt(chunk)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
-            if chunk <= batch.rows:
+            if chunk <= fewest:
                 raise _out_of_memory("reading the prompt", batch, chunk) from error
-        chunk = max(batch.rows, chunk // 2)
+        chunk = max(fewest, chunk // 2)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

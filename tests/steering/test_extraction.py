@@ -273,10 +273,10 @@ def test_it_is_written_at_the_block_where_the_sides_were_planted(planted):
     def forget(module, args, output):
         return torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
 
+    session = nblens.attach(model, tiny_tokenizer())  # before the hooks: a model that forgets would be refused
     model.register_forward_pre_hook(lambda m, args, kwargs: ids.append(kwargs["input_ids"]), with_kwargs=True)
     blocks_of(model, "gpt2")[planted].register_forward_hook(separate)
     blocks_of(model, "gpt2")[planted + 1].register_forward_hook(forget)
-    session = nblens.attach(model, tiny_tokenizer())
     vector = session.extract("v", TEXTS)
     session.unload()
     assert vector.layers == (planted,)
