@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nblens.lens.attribution import Attribution
     from nblens.lens.difference import Comparison, TrajectoryDiff
     from nblens.lens.trajectory import Trajectory
+    from nblens.lens.translators import Lens
     from nblens.loading import attach, current, load
     from nblens.results import Generation
     from nblens.session import Session
@@ -40,6 +41,7 @@ _LAZY = {
     "Attribution": "nblens.lens.attribution",
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
+    "Lens": "nblens.lens.translators",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
     "SteeringVector": "nblens.steering.vectors",
@@ -57,6 +59,7 @@ __all__ = [
     "FileFormatError",
     "Generation",
     "Interrupted",
+    "Lens",
     "NblensError",
     "NoModelError",
     "Session",

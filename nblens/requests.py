@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from nblens.errors import UserError
 from nblens.layers import parse_layers
+from nblens.lens.fitting import hold_out
+from nblens.lens.jacobian import SKIPPED
+from nblens.lens.store import LensStore
 from nblens.model.architecture import Architecture
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, encode, single_token
-from nblens.specs import LENS_METRICS, AttributionSpec, CaptureSpec, ExtractionSpec, GenerationSpec, LensSpec
+from nblens.specs import (
+    LENS_KINDS,
+    LENS_METRICS,
+    AttributionSpec,
+    CaptureSpec,
+    ExtractionSpec,
+    FitSpec,
+    GenerationSpec,
+    LensSpec,
+)
 from nblens.steering.extraction import METHODS
 
 if TYPE_CHECKING:
@@ -27,6 +39,8 @@ Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
 Ids = tuple[int, ...]
 
+_STEPS, _LEARNING_RATE = 100, 0.25
+
 
 @dataclass(frozen=True)
 class RequestBuilder:
@@ -36,6 +50,7 @@ class RequestBuilder:
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """most tokens that the model takes, None where its config does not say"""
+    lenses: LensStore
 
     def prompts(self, prompt: Prompt, *, chat: bool = False, generate: int = 0) -> tuple[tuple[Ids, ...], bool]:
         """Token ids of each prompt, and whether a single one was given."""
@@ -66,11 +81,11 @@ class RequestBuilder:
         vocab_size = self.architecture.vocab_size
         if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
-        if lens != "logit":
-            raise UserError(f"lens {lens!r} is unknown; one of logit")
+        blocks, names = parse_layers(layers, self.architecture.n_blocks), _site_names(sites)
+        self.lenses.check(lens, names, blocks)
         return LensSpec(
-            blocks=parse_layers(layers, self.architecture.n_blocks),
-            sites=_site_names(sites),
+            blocks=blocks,
+            sites=names,
             top_k=int(top_k),
             target_ids=self._target_ids(targets),
             lens=lens,
@@ -151,6 +166,43 @@ class RequestBuilder:
         if not positive:
             raise UserError("there are no contrast pairs; give (positive text, negative text) tuples")
         return ExtractionSpec(tuple(positive), tuple(negative), site=check_site(site), method=method, read=read)
+
+    def fit(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        kind: str,
+        steps: int | None,
+        learning_rate: float | None,
+        batch_tokens: int,
+        seed: int,
+    ) -> FitSpec:
+        """Texts to fit a lens to, and texts held out to measure it."""
+        if kind not in LENS_KINDS:
+            raise UserError(f"lens kind {kind!r} is unknown; one of {', '.join(LENS_KINDS)}")
+        if kind == "jacobian" and (steps, learning_rate) != (None, None):
+            raise UserError("steps and learning_rate are of a tuned lens; a jacobian lens is a mean over all the texts")
+        steps = _STEPS if steps is None else steps
+        learning_rate = _LEARNING_RATE if learning_rate is None else learning_rate
+        for what, number in (("steps", steps), ("batch_tokens", batch_tokens)):
+            if not isinstance(number, Integral) or number < 1:
+                raise UserError(f"{what} must be 1 or more, got {number!r}")
+        if not isinstance(learning_rate, Real) or not 0 < learning_rate < 1e38:
+            raise UserError(f"learning_rate must be a positive number below 1e38, got {learning_rate!r}")
+        if not isinstance(seed, Integral):
+            raise UserError(f"seed must be a whole number, got {seed!r}")
+        prompts, single = as_prompts(texts)
+        if single or len(prompts) < 2:
+            raise UserError("a lens is fitted to a list of two texts or more: one of them is held out to measure it")
+        longest = min(batch_tokens, self.context or batch_tokens)
+        encode_whole = {"chat": False, "vocab_size": self.architecture.vocab_size, "room": None}
+        cut = [encode(self.tokenizer, text, **encode_whole)[:longest] for text in prompts]
+        fitted, held_out = hold_out(cut)
+        if kind == "jacobian" and max(map(len, fitted)) <= SKIPPED + 1:
+            raise UserError(
+                f"a jacobian lens leaves out the first {SKIPPED} tokens of a text and the last; "
+                f"the longest has {max(map(len, fitted))}"
+            )
+        return FitSpec(kind, fitted, held_out, int(steps), float(learning_rate), int(batch_tokens), int(seed))
 
     def _ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
         room = None if self.context is None else max(0, self.context - generate)

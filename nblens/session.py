@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 
 from nblens.errors import Interrupted, NoModelError, UserError
 from nblens.layers import parse_layers
 from nblens.lens.attribution import Attribution
 from nblens.lens.difference import Comparison
+from nblens.lens.fitting import data_hash
+from nblens.lens.store import LensStore
+from nblens.lens.translators import LOGIT, Lens
 from nblens.model.placement import Placement
 from nblens.model.tokens import TokenTexts
 from nblens.requests import Prompt, RequestBuilder
@@ -26,6 +31,11 @@ from nblens.specs import (
     Event,
     ExtractionFinished,
     ExtractionSpec,
+    FitFinished,
+    FitProgress,
+    FitSpec,
+    LensTensors,
+    Request,
     RunSpec,
     Steer,
     SteeringWrite,
@@ -64,10 +74,12 @@ class Session:
         self.backend: Backend | None = LocalBackend(engine)
         self.vectors = VectorStore(self.architecture.n_blocks, self.architecture.d_model)
         self.steer = LiveSteering(self.vectors, self._send)
+        self.lenses = LensStore(self.architecture.n_blocks, self.architecture.d_model)
+        self._placed: dict[str, Lens] = {}
         self._text_of = TokenTexts(tokenizer)
         text_config = engine.model.config.get_text_config(decoder=True)
         context = getattr(text_config, "max_position_embeddings", None)
-        self._builder: RequestBuilder | None = RequestBuilder(self.architecture, tokenizer, context)
+        self._builder: RequestBuilder | None = RequestBuilder(self.architecture, tokenizer, context, self.lenses)
 
     def lens(
         self,
@@ -103,8 +115,9 @@ class Session:
             How many of the most likely tokens to keep per cell.
         targets : sequence of str or int, optional
             Tokens (text or ids) to follow through all layers.
-        lens : {"logit"}
-            The logit lens (nostalgebraist 2020): final norm and lm_head applied to each block.
+        lens : str
+            "logit": the logit lens (nostalgebraist 2020), final norm and lm_head applied to each block. Else a name in
+            `session.lenses`, or the path of a lens file: its translators come first. See `fit_lens`.
         generate : int
             Continue by so many tokens and read those too.
         steer : mapping or sequence of Steer, optional
@@ -200,6 +213,7 @@ class Session:
         site: str = "resid_post",
         top_k: int = 5,
         targets: Sequence[str | int] | str | None = None,
+        lens: str = "logit",
         generate: int = 0,
         chat: bool = False,
         seed: int | None = None,
@@ -222,7 +236,7 @@ class Session:
             raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
         spec = RunSpec(
             prompts=(ids, ids),
-            lens=build.lens(layers, site, top_k, targets),
+            lens=build.lens(layers, site, top_k, targets, lens),
             generation=build.generation(generate, temperature, seed, 2, options) if generate else None,
             steering=tuple(self.vectors.write(s, (0.0, s.coefficient)) for s in steers),
         )
@@ -258,7 +272,8 @@ class Session:
         steer, temperature, seed, chat
             As in `lens`.
         lens : bool or mapping, optional
-            True, or a dict of `layers`, `sites`, `top_k`, `targets`: read the run too; see `Generation.trajectory`.
+            True, or a dict of `layers`, `sites`, `top_k`, `targets`, `lens`: read the run too; see
+            `Generation.trajectory`.
         **options
             Any field of transformers' `GenerationConfig` but beam search: `top_p`, `repetition_penalty`, …
 
@@ -437,6 +452,67 @@ class Session:
         self.vectors[name] = vector
         return vector
 
+    def fit_lens(
+        self,
+        texts: Sequence[str] | Sequence[Sequence[int]],
+        kind: str = "tuned",
+        *,
+        name: str | None = None,
+        steps: int | None = None,
+        learning_rate: float | None = None,
+        batch_tokens: int = 1024,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Lens:
+        """Fit a lens to texts and keep it as `session.lenses[name]`.
+
+        >>> lens = session.fit_lens(texts)                                     # doctest: +SKIP
+        >>> session.lens("The capital of France is", lens="tuned")             # doctest: +SKIP
+
+        A ``tuned`` lens is an affine translator h + A h + b for each depth, learned so that the readout comes near
+        the model's own output: it minimises KL(output ‖ lens) over tokens, beginning with the identity (Belrose et al.
+        2023, arXiv 2303.08112). A ``jacobian`` lens is a matrix J for each depth, the mean derivative of the last
+        block's output, at the same and all later tokens, by the stream at that depth (Gurnee et al. 2026,
+        transformer-circuits.pub/2026/workspace); nothing is learned.
+
+        Parameters
+        ----------
+        texts : sequence of str or of token ids
+            At least two; every fifth, or at least one, is held out and gives `kl_before` and `kl_after`.
+        kind : {"tuned", "jacobian"}
+            Which translators.
+        name : str, optional
+            What `session.lens(…, lens=name)` calls it; None: its kind.
+        steps : int, optional
+            Tuned lens: how many batches to learn from. None: 100.
+        learning_rate : float, optional
+            Tuned lens: at the beginning; it falls linearly to 0. None: 0.25.
+        batch_tokens : int
+            Most tokens, padding counted, that go through the model at once. Longer texts are cut to so many.
+        seed : int
+            Order of the texts.
+        progress : bool
+            Show a bar when the fit takes more than two seconds.
+
+        Raises
+        ------
+        UserError
+            Too few texts, an argument out of range, or a fit that diverged.
+        Interrupted
+            Ctrl-C; `.partial` holds the lens so far, without its KL, or None.
+        """
+        name = kind if name is None else name
+        self.lenses.check_name(name)
+        spec = self._build.fit(texts, kind, steps, learning_rate, batch_tokens, seed)
+        with _progress_bar(f"{kind} lens", shown=progress) as watch:
+            events, interrupted = self._events(spec, watch)
+        finished = events[-1]
+        lens = self._fitted(name, spec, finished) if isinstance(finished, FitFinished) and finished.weights else None
+        if interrupted or finished.cancelled:
+            raise Interrupted(f"the fit was stopped; no lens {name!r} was kept", lens)
+        self.lenses[name] = lens
+        return self.lenses[name]
+
     def unload(self) -> None:
         """Stop what runs, free the model, and end this session."""
         if self.backend is not None:
@@ -457,6 +533,8 @@ class Session:
 
     def _run(self, spec: RunSpec, assemble: Callable[[RunResult], Any]) -> Any:
         """Run to the end; a run that is stopped raises `Interrupted` with what it had read."""
+        if spec.lens and spec.lens.lens != LOGIT:
+            self._place_lens(spec.lens.lens)
         result = RunResult(spec, self.architecture, self.placement.model, self._text_of)
         events, interrupted = self._events(spec)
         for event in events:
@@ -472,14 +550,45 @@ class Session:
             raise Interrupted("extraction was stopped; no vector was made")
         return event
 
-    def _events(self, spec: RunSpec | ExtractionSpec) -> tuple[Sequence[Event], bool]:
+    def _place_lens(self, name: str) -> None:
+        """Send translators to where the readout is, unless they are there; free those that the store has lost."""
+        lens = self.lenses[name]
+        gone = [LensTensors(other) for other in set(self._placed) - set(self.lenses)]
+        new = [lens.tensors()] if self._placed.get(name) is not lens else []
+        for tensors in (*gone, *new):
+            self._placed.pop(tensors.name, None)
+            events, interrupted = self._events(tensors)
+            if interrupted or events[-1].cancelled:
+                raise Interrupted("stopped before the run began")
+        self._placed[name] = lens
+
+    def _fitted(self, name: str, spec: FitSpec, finished: FitFinished) -> Lens:
+        how: dict[str, Any] = {"n_texts": finished.n_texts, "batch_tokens": spec.batch_tokens}
+        if spec.kind == "tuned":
+            how |= {"steps": finished.steps, "learning_rate": spec.learning_rate, "seed": spec.seed}
+        return Lens(
+            name=name,
+            kind=spec.kind,
+            weights=finished.weights,
+            biases=finished.biases,
+            model=self.placement.model,
+            n_blocks=self.architecture.n_blocks,
+            fit=how,
+            data_hash=data_hash(spec),
+            kl_before=dict(enumerate(finished.kl_before)),
+            kl_after=dict(enumerate(finished.kl_after)),
+        )
+
+    def _events(
+        self, spec: Request, watch: Callable[[Event], object] = lambda event: None
+    ) -> tuple[Sequence[Event], bool]:
         """Every event of a request, and whether Ctrl-C cut it short; it is waited for until it has stopped."""
         stream = self._backend().stream(spec)
         interrupted = False
         while True:
             try:
-                for _ in stream:
-                    pass
+                for event in stream:
+                    watch(event)
                 return stream.log, interrupted
             except KeyboardInterrupt:
                 if interrupted:  # asked twice: do not wait for the step in progress
@@ -532,6 +641,26 @@ class Session:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@contextmanager
+def _progress_bar(title: str, *, shown: bool) -> Iterator[Callable[[Event], None]]:
+    """What shows a fit's events as a bar, where there are two seconds of them or more."""
+    bars: list[tqdm] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, FitProgress):
+            if not bars:
+                bars.append(tqdm(total=event.n_steps, desc=title, disable=not shown, delay=2, leave=False))
+            if event.kl is not None:
+                bars[0].set_postfix_str(f"KL {event.kl:.3f}", refresh=False)
+            bars[0].update()
+
+    try:
+        yield watch
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _shaped(rows: Iterable[dict[str, Any]], sites: str | Sequence[str], single: bool) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FINISHED",
+    "LENS_KINDS",
     "LENS_METRICS",
     "PHASES",
     "WRITE_POSITIONS",
@@ -28,9 +30,14 @@ __all__ = [
     "Event",
     "ExtractionFinished",
     "ExtractionSpec",
+    "FitFinished",
+    "FitProgress",
+    "FitSpec",
     "GenerationSpec",
     "LensSpec",
+    "LensTensors",
     "ReadoutSlice",
+    "Request",
     "RunFinished",
     "RunSpec",
     "Steer",
@@ -49,6 +56,9 @@ LENS_METRICS = ("entropy", "kl", "rank")
 
 PHASES = ("prefill", "decode", "readout", "total")
 """What the seconds of a run are counted by."""
+
+LENS_KINDS = ("tuned", "jacobian")
+"""Lenses that have translators: affine, fitted to the model's output; or the mean Jacobian of the last block."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,7 @@ class LensSpec:
     top_k: int = 5
     target_ids: tuple[int, ...] = ()
     lens: str = "logit"
+    """"logit", or the name of `LensTensors` that were sent before"""
     metrics: tuple[str, ...] = LENS_METRICS
 
 
@@ -197,6 +208,35 @@ class ExtractionSpec:
 
 
 @dataclass(frozen=True)
+class LensTensors:
+    """The translators that `LensSpec.lens` shall stand for in later runs; without weights: forget them."""
+
+    name: str
+    kind: str = ""
+    weights: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """depth → (d_model, d_model)"""
+    biases: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """depth → (d_model,)"""
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """A lens to fit to texts."""
+
+    kind: str
+    texts: tuple[tuple[int, ...], ...]
+    held_out: tuple[tuple[int, ...], ...]
+    """texts that measure the lens and take no part in fitting it"""
+    steps: int = 0
+    """tuned lens alone: how often its translators learn"""
+    learning_rate: float = 0.0
+    """tuned lens alone"""
+    batch_tokens: int = 1024
+    """most tokens that go through the model at once"""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class ReadoutSlice:
     """What the lens read for consecutive tokens of one row at one site."""
 
@@ -250,4 +290,40 @@ class ExtractionFinished:
     cancelled: bool
 
 
-Event = ReadoutSlice | ActivationSlice | TokensSampled | RunFinished | ExtractionFinished
+@dataclass(frozen=True)
+class FitProgress:
+    """One step of a fit is done."""
+
+    step: int
+    """how many are done"""
+    n_steps: int
+    kl: float | None = None
+    """tuned lens: mean KL(model's output ‖ lens) over this step's tokens and all depths, nats"""
+
+
+@dataclass(frozen=True)
+class FitFinished:
+    """The last event of a fit."""
+
+    weights: Mapping[int, torch.Tensor]
+    """depth → float32 (d_model, d_model) on the CPU; empty where it was stopped too early"""
+    biases: Mapping[int, torch.Tensor]
+    """depth → float32 (d_model,) on the CPU"""
+    steps: int
+    """how many were done"""
+    n_texts: int
+    """how many it has seen"""
+    kl_before: tuple[float, ...]
+    """per depth, of the logit lens on held-out texts, nats; empty where the fit was stopped"""
+    kl_after: tuple[float, ...]
+    """per depth, of the fitted lens"""
+    cancelled: bool
+
+
+Request = RunSpec | ExtractionSpec | FitSpec | LensTensors
+"""What a backend can be asked for."""
+
+Event = ReadoutSlice | ActivationSlice | TokensSampled | FitProgress | RunFinished | ExtractionFinished | FitFinished
+
+FINISHED = (RunFinished, ExtractionFinished, FitFinished)
+"""Events that are the last of their request."""

@@ -156,13 +156,26 @@ def residuals(model: nn.Module, ids: Sequence[int]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def dense(model: nn.Module, ids: Sequence[int], site: str = "resid_post", blocks: Sequence[int] | None = None) -> Dense:
-    """The dense lens of one row at some blocks (None: all)."""
+def dense(
+    model: nn.Module,
+    ids: Sequence[int],
+    site: str = "resid_post",
+    blocks: Sequence[int] | None = None,
+    translators: Sequence[Callable[[torch.Tensor], torch.Tensor]] | None = None,
+) -> Dense:
+    """The dense lens of one row at some blocks (None: all).
+
+    Translator i is applied to what enters block i, which is what leaves block i-1.
+    """
     logits = FAMILY[model.config.model_type][1]
     states = residuals(model, ids)
-    chosen = states[site] if blocks is None else states[site][list(blocks)]
+    streams = states[site].double()
+    if translators is not None:
+        own = [*translators, lambda h: h][{"resid_pre": 0, "resid_post": 1}[site] :]
+        streams = torch.stack([translate(h) for translate, h in zip(own, streams, strict=False)])
+    chosen = streams if blocks is None else streams[list(blocks)]
     return Dense(
-        logits(model, chosen.double()).log_softmax(-1).numpy(),
+        logits(model, chosen).log_softmax(-1).numpy(),
         logits(model, states["resid_post"][-1].double()).log_softmax(-1).numpy(),
     )
 

@@ -61,7 +61,7 @@ MISTAKES = {
     ),
     "no site": (lambda s: s.lens(TEXT, sites=[]), r"at least one site, such as resid_post"),
     "site of a comparison": (lambda s: s.compare(TEXT, site="x"), r"'x' is unknown; one of resid_pre"),
-    "unknown lens": (lambda s: s.lens(TEXT, lens="tuned"), r"'tuned' is unknown; one of logit"),
+    "unknown lens": (lambda s: s.lens(TEXT, lens="tuned"), r"'tuned' is unknown; one of logit, or the path of a lens"),
     "unknown lens option": (
         lambda s: s.generate(TEXT, 2, lens={"layer": 1}),
         r"'layer' is unknown; one of layers, sites",

@@ -267,7 +267,7 @@ def _lens() -> MagicParser:
     parser = MagicParser(
         "%lens",
         usage="%lens [options] TEXT\n       %%lens [options]      and the text in the cell's body, as typed",
-        description="Show what every block would have said at every token (the logit lens).\n"
+        description="Show what every block would have said at every token (the logit lens, or another).\n"
         "The result that -o binds holds every number; its .timings are the seconds by phase:\n"
         "prefill, decode, readout, total.",
         examples='  %lens The capital of France is\n  %lens --layers ::2 --metric entropy "one, two, three, "\n'
@@ -279,7 +279,9 @@ def _lens() -> MagicParser:
     parser.add_argument("--sites", type=_names, default="resid_post", metavar="SITE[,SITE]", help="where in a block")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens kept per cell (default: 5)")
     parser.add_argument("--targets", action="append", metavar="TOKEN", help="a token to follow; may be repeated")
-    parser.add_argument("--lens", choices=("logit",), default="logit", help="which lens (default: logit)")
+    parser.add_argument(
+        "--lens", default="logit", metavar="NAME", help="logit (default), a name in session.lenses, or a lens file"
+    )
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="go on for N tokens and read those too")
     parser.add_argument("--metric", choices=METRICS, default="prob", help="what colours the cells (default: prob)")
     parser.add_argument("--compare", action="store_true", help="without and with steering, and the difference")

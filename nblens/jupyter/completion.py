@@ -93,6 +93,11 @@ def _vectors() -> list[str]:
     return list(session.vectors) if session else []
 
 
+def _lenses() -> list[str]:
+    session = _session()
+    return ["logit", *(session.lenses if session else ())]
+
+
 def _settings() -> list[str]:
     return [f"{name}=" for name in _vectors()]
 
@@ -125,7 +130,7 @@ def _choices(parser: MagicParser, option: str) -> Callable[[], Iterable[str]]:
 
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "--metric": _choices(LENS, "--metric"),
-    "--lens": _choices(LENS, "--lens"),
+    "--lens": _lenses,
     "--write": _choices(STEER, "--write"),
     "--steer": lambda: ["off", *_settings()],
     "--layers": _layers,

@@ -151,6 +151,7 @@ class NblensMagics(Magics):
             "layers": options.layers,
             "top_k": options.top_k,
             "targets": options.targets,
+            "lens": options.lens,
             "generate": options.generate,
             **_asked_of_any_run(options),
         }
@@ -158,7 +159,7 @@ class NblensMagics(Magics):
         if options.compare:
             result = _run(lambda: session.compare(prompt, site=options.sites, **request))
         else:
-            result = _run(lambda: session.lens(prompt, sites=options.sites, lens=options.lens, **request))
+            result = _run(lambda: session.lens(prompt, sites=options.sites, **request))
         if result is None:
             return None
         if write:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nblens.lens.translators import Lens, depth_of
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
 from nblens.model.readout import Readout, ReadoutResult
@@ -21,12 +22,14 @@ class LensReader:
     """Reads what a buffer captured, as a `LensSpec` asks.
 
     The last block's `resid_post` is captured beside the asked-for blocks when KL is wanted: every other readout is
-    compared with it.
+    compared with it. It is never translated.
     """
 
     architecture: Architecture
     readout: Readout
     spec: LensSpec
+    lens: Lens | None = None
+    """translators in front of the readout; None: the logit lens"""
 
     @property
     def places(self) -> dict[str, tuple[int, ...]]:
@@ -55,6 +58,8 @@ class LensReader:
     ) -> tuple[ReadoutResult, list[int]]:
         hidden, final = captured[site], None
         blocks = self.places[site]
+        if self.lens is not None:
+            self._translate(self.lens, site, hidden, blocks)
         if "kl" in self.spec.metrics:
             if site != "resid_post":
                 hidden = torch.cat([hidden, captured["resid_post"][-1:]])
@@ -68,6 +73,12 @@ class LensReader:
             final=final,
         )
         return result, [blocks.index(block) for block in self.spec.blocks]
+
+    def _translate(self, lens: Lens, site: str, hidden: torch.Tensor, blocks: Sequence[int]) -> None:
+        """Put translated streams in the place of captured ones, a block at a time so that only one is held twice."""
+        for slot, block in zip(hidden, blocks, strict=True):
+            if (depth := depth_of(site, block)) < self.architecture.n_blocks:
+                slot.copy_(lens.translate(slot, depth))
 
     def _wanted(self, spans: Sequence[RowSpan]) -> torch.Tensor:
         """Ids asked for at every token: the one that follows, then the targets, (n, 1 + n_targets)."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["DeviceShare", "Placement", "describe_placement"]
+__all__ = ["DeviceShare", "Placement", "describe_placement", "free_memory"]
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,12 @@ def _share(device: str, blocks: list[int], others: list[str], weight_bytes: int)
     parts = [part for part in others if part == "embedding"]
     parts += [f"blocks {span}"] if blocks else []
     parts += [part for part in others if part != "embedding"]
-    free, total = _memory(device)
+    free, total = free_memory(device)
     return DeviceShare(device, span, ", ".join(parts), weight_bytes, free, total)
 
 
-def _memory(device: str) -> tuple[int | None, int | None]:
+def free_memory(device: str) -> tuple[int | None, int | None]:
+    """Free and total bytes of a device; None where nothing says."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)
     if device == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:

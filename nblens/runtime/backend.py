@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
-from nblens.specs import Event, ExtractionSpec, RunSpec
+from nblens.specs import Event, Request
 
 __all__ = ["Backend", "Coefficients", "Control", "EventStream"]
 
@@ -15,7 +15,7 @@ Coefficients = Mapping[str, float | Sequence[float]]
 
 
 class EventStream(Protocol):
-    """The events of one request; iteration ends after `RunFinished` or `ExtractionFinished`.
+    """The events of one request; iteration ends after one of `FINISHED`.
 
     A `KeyboardInterrupt` while waiting leaves the stream usable: cancel, then go on iterating to the end.
     """
@@ -39,7 +39,7 @@ class EventStream(Protocol):
 class Backend(Protocol):
     """Runs requests, one at a time, in the order they came."""
 
-    def stream(self, spec: RunSpec | ExtractionSpec) -> EventStream:
+    def stream(self, spec: Request) -> EventStream:
         """Start a request."""
 
     def steer(self, coefficients: Coefficients) -> None:

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
 from nblens.errors import DeviceMemoryError
 from nblens.lens.attribution import AttributionReader
+from nblens.lens.fitting import fit_translators
 from nblens.lens.reader import LensReader
+from nblens.lens.translators import LOGIT, Lens
 from nblens.model.architecture import find_architecture, input_device, output_device
-from nblens.model.capture import CaptureBuffer, RowSpan
-from nblens.model.generation import Batch, Observer, Step, SteppingLoop, generate_text, new_cache
+from nblens.model.capture import CaptureBuffer
+from nblens.model.generation import Batch, Observer, Step, SteppingLoop, new_cache
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.model.probing import find_feeding
 from nblens.model.readout import Readout
 from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
+from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
 from nblens.runtime.row_groups import RowGroups
+from nblens.runtime.run import Run
 from nblens.specs import (
-    ActivationSlice,
     Event,
     ExtractionFinished,
     ExtractionSpec,
+    FitSpec,
+    LensTensors,
+    Request,
     RunFinished,
     RunSpec,
-    TokensSampled,
 )
 from nblens.steering.bank import SteeringBank
 from nblens.steering.extraction import (
@@ -47,11 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_CHUNK = 256  # tokens per prefill step, over all rows
-_DECODE_WINDOW = 64  # decoded tokens that wait for one readout
-_WATCH_SECONDS = 0.1
-
-Result = TypeVar("Result")
+_EXTRACTION_CHUNK = 1024  # tokens per step where one position of each text is kept
 
 
 class Engine:
@@ -75,10 +73,12 @@ class Engine:
         self.readout = Readout(self.architecture)
         self.readout.prove()
         self.sites = SiteMap(model, self.architecture)
+        self.lenses: dict[str, Lens] = {}
+        """by the name that a `LensSpec` gives, on the readout's device"""
         self._pad_id = pad_id
 
     @torch.no_grad()
-    def run(self, spec: RunSpec | ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
+    def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
         """Serve a request; events go to `emit`, the finishing one last.
 
         When memory runs out during prefill the run starts again with half the chunk.
@@ -90,6 +90,13 @@ class Engine:
         """
         if isinstance(spec, ExtractionSpec):
             self._extract(spec, emit, control)
+            return
+        if isinstance(spec, FitSpec):
+            self._fit(spec, emit, control)
+            return
+        if isinstance(spec, LensTensors):
+            self._keep_lens(spec)
+            emit(RunFinished(False, {}))
             return
         if spec.capture and spec.capture.to:
             with ActivationRecorder(spec, self.architecture, emit) as recorder:
@@ -108,15 +115,24 @@ class Engine:
         batch = self._batch(spec.prompts)
 
         def attempt(chunk: int) -> None:
-            run = _Run(self, spec, batch, chunk, emit, control)
+            run = Run(self, spec, batch, chunk, emit, control)
             try:
                 run.execute()
             except RuntimeError as error:
-                if run.decoding and _is_out_of_memory(error):
-                    raise _out_of_memory("generating", batch, chunk) from error
+                if run.decoding and is_out_of_memory(error):
+                    raise out_of_memory("generating", batch, chunk) from error
                 raise
 
-        _with_smaller_chunks(attempt, spec.chunk or _CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
+        with_smaller_chunks(
+            attempt, spec.chunk or self.chunk(spec), self.feeding.fewest(batch.rows, batch.width), batch
+        )
+
+    def chunk(self, spec: RunSpec) -> int:
+        """Tokens per step, over all rows: what they leave behind at every site and block must fit beside the model."""
+        sites = {*(spec.lens.sites if spec.lens else ()), *(spec.capture.sites if spec.capture else ())}
+        architecture = self.architecture
+        per_token = len(sites) * architecture.n_blocks * architecture.d_model * architecture.dtype.itemsize
+        return chunk_that_fits(per_token, output_device(architecture))
 
     def _extract(self, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
         """Compute a direction per block in one pass over the texts."""
@@ -143,6 +159,48 @@ class Engine:
             )
         )
 
+    def _keep_lens(self, tensors: LensTensors) -> None:
+        """Hold translators ready beside the readout, or let them go."""
+        self.lenses.pop(tensors.name, None)
+        if not tensors.weights:
+            return
+        try:
+            self.lenses[tensors.name] = Lens.of(tensors).to(output_device(self.architecture))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(f"out of memory while lens {tensors.name!r} was put beside the lm_head") from error
+
+    def _fit(self, spec: FitSpec, emit: Callable[[Event], None], control: Control) -> None:
+        """Fit the translators of a lens."""
+        try:
+            finished = fit_translators(
+                self.model, self.architecture, spec, self._residuals, emit, lambda: control.cancelled
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"out of memory while fitting a lens, {spec.batch_tokens} tokens at once; give fewer batch_tokens"
+            ) from error
+        emit(finished)
+
+    def _residuals(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Every token's residual stream by depth, (n_blocks + 1, n_tokens, d_model), on the readout's device."""
+        parts = [self._group_residuals([texts[row] for row in rows]) for rows in self.feeding.groups(texts)]
+        return torch.cat(parts, 1)
+
+    def _group_residuals(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        batch, n_blocks = self._batch(texts), self.architecture.n_blocks
+        places = {"resid_pre": range(n_blocks), "resid_post": (n_blocks - 1,)}
+        capacity = batch.rows * batch.width
+        buffer = CaptureBuffer(self.architecture, places, capacity, output_device(self.architecture))
+        bank = SteeringBank((), batch.rows, self.architecture.dtype)
+        with Instrumentation(self.hook_points(bank, buffer, places, batch.rows)):
+            self.loop(batch, _Keeping(buffer), batch.width).prefill(new_cache(self.model))
+        captured, _ = buffer.drain()
+        return torch.cat([captured["resid_pre"], captured["resid_post"]])
+
     def _read_states(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
         """Activations at the read position, float32 (n_blocks, n_texts, d_model)."""
         shape = (self.architecture.n_blocks, len(texts), self.architecture.d_model)
@@ -166,7 +224,7 @@ class Engine:
                 self.loop(batch, observer, chunk // batch.rows).prefill(new_cache(self.model))
             return reader.states
 
-        return _with_smaller_chunks(attempt, 4 * _CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
+        return with_smaller_chunks(attempt, _EXTRACTION_CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
         return Batch.of(prompts, self._pad_id, input_device(self.model))
@@ -182,7 +240,8 @@ class Engine:
             self.sites.check_additive()
             readers.append(AttributionReader(self.architecture, spec.attribution))
         if spec.lens:
-            readers.append(LensReader(self.architecture, self.readout, spec.lens))
+            lens = None if spec.lens.lens == LOGIT else self.lenses[spec.lens.lens]
+            readers.append(LensReader(self.architecture, self.readout, spec.lens, lens))
         return readers
 
     def hook_points(
@@ -222,143 +281,14 @@ class _Reading:
         pass
 
 
-class _Run:
-    """One try at one request: the observer that changes steering, keeps rows and reads them out."""
+class _Keeping:
+    """Observer of a pass whose activations are all kept."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        spec: RunSpec,
-        batch: Batch,
-        chunk: int,
-        emit: Callable[[Event], None],
-        control: Control,
-    ) -> None:
-        self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
-        self._width = max(1, chunk // batch.rows)
-        self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
-        self._readers = engine.readers(spec)
-        self._places = self._capture_places()
-        self._buffer: CaptureBuffer | None = None
-        self._timings: dict[str, float] = defaultdict(float)
-        self._n_sampled = 0
-        self._last_flush = time.perf_counter()
-        self.decoding = False
-
-    def execute(self) -> None:
-        """Attach hooks, run, detach, and report."""
-        began = time.perf_counter()
-        engine, spec = self._engine, self._spec
-        self._buffer = self._new_buffer() if self._places else None
-        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places, self._batch.rows)):
-            loop = engine.loop(self._batch, self, self._width)
-            if spec.generation is None:
-                loop.prefill(new_cache(engine.model))
-            else:
-                generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
-            self._flush()
-        self._timings["total"] = time.perf_counter() - began
-        self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
+    def __init__(self, buffer: CaptureBuffer) -> None:
+        self._buffer = buffer
 
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
-        if self._control.cancelled:
-            return False
-        if coefficients := self._control.take_coefficients():
-            self._bank.set(coefficients)
-        self._bank.begin(phase, columns, batch)
-        self.decoding = phase == "generated"
-        self._step_began = time.perf_counter()
         return True
 
-    def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
-        self._timings["decode" if self.decoding else "prefill"] += time.perf_counter() - self._step_began
-        self._timings["forward_tokens"] += step.width
-        if self._buffer is not None:
-            self._buffer.commit(step)
-        if sampled is not None:
-            self._emit(TokensSampled(self._n_sampled, tuple(sampled)))
-            self._n_sampled += 1
-        if self._is_due(step):
-            self._flush()
-
-    def _is_due(self, step: Step) -> bool:
-        """The next step may be as wide as this one, or a single column when decoding."""
-        if self._buffer is None:
-            return False
-        if step.phase == "prompt" or not self._buffer.has_room_for(self._batch.rows):
-            return True
-        return self._spec.watched and time.perf_counter() - self._last_flush >= _WATCH_SECONDS
-
-    def _flush(self) -> None:
-        """Read out and emit what the buffer holds."""
-        if self._buffer is None:
-            return
-        began = time.perf_counter()
-        captured, spans = self._buffer.drain()
-        if spans:
-            if self._spec.capture:
-                self._emit_activations(captured, spans)
-            for reader in self._readers:
-                reader.read(captured, spans, self._emit)
-        self._last_flush = time.perf_counter()
-        self._timings["readout"] += self._last_flush - began
-
-    def _emit_activations(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
-        capture = self._spec.capture
-        for site in capture.sites:
-            slots = [self._places[site].index(block) for block in capture.blocks]
-            for span in spans:
-                values = captured[site][slots, span.place].cpu()
-                start = span.start
-                if capture.positions:
-                    kept = capture.positions[span.row]
-                    start = bisect_left(kept, span.start)
-                    inside = kept[start : bisect_left(kept, span.start + values.shape[1])]
-                    values = values[:, [position - span.start for position in inside]]
-                if values.shape[1]:
-                    self._emit(ActivationSlice(span.row, site, start, values))
-
-    def _capture_places(self) -> dict[str, tuple[int, ...]]:
-        """Blocks to keep per site: what the readers need and what was asked for raw, ascending."""
-        places: dict[str, set[int]] = defaultdict(set)
-        for reader in self._readers:
-            for site, blocks in reader.places.items():
-                places[site].update(blocks)
-        if self._spec.capture:
-            for site in self._spec.capture.sites:
-                places[site].update(self._spec.capture.blocks)
-        return {site: tuple(sorted(blocks)) for site, blocks in places.items()}
-
-    def _new_buffer(self) -> CaptureBuffer:
-        rows = self._batch.rows
-        window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens) if self._spec.generation else 0
-        capacity = rows * max(min(self._width, self._batch.width), min(window, max(1, _CHUNK // rows)))
-        architecture = self._engine.architecture
-        return CaptureBuffer(architecture, self._places, capacity, output_device(architecture))
-
-
-def _with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, fewest: int, batch: Batch) -> Result:
-    """Call `attempt` with a chunk that is halved each time memory runs out, down to the fewest tokens of a step."""
-    chunk = max(chunk, fewest)
-    while True:
-        try:
-            return attempt(chunk)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            if chunk <= fewest:
-                raise _out_of_memory("reading the prompt", batch, chunk) from error
-        chunk = max(fewest, chunk // 2)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is CUDA's error, or one of the two that the CPU allocator raises as plain `RuntimeError`."""
-    cpu = ("not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cpu)
-
-
-def _out_of_memory(doing: str, batch: Batch, chunk: int) -> DeviceMemoryError:
-    return DeviceMemoryError(
-        f"out of memory while {doing} ({batch.rows} rows × {batch.width} tokens, {chunk} tokens a step); "
-        "shorten the prompt, or take fewer rows, layers or sites"
-    )
+    def after(self, step: Step, sampled: object) -> None:
+        self._buffer.commit(step)

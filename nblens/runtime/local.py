@@ -10,7 +10,7 @@ from typing import Self
 from nblens.errors import WorkerError
 from nblens.runtime.backend import Coefficients, Control
 from nblens.runtime.engine import Engine
-from nblens.specs import Event, ExtractionFinished, ExtractionSpec, RunFinished, RunSpec
+from nblens.specs import FINISHED, Event, Request, RunFinished
 
 __all__ = ["LocalBackend"]
 
@@ -29,7 +29,7 @@ class LocalBackend:
         self._thread = threading.Thread(target=self._work, name="nblens-worker", daemon=True)
         self._thread.start()
 
-    def stream(self, spec: RunSpec | ExtractionSpec) -> _Request:
+    def stream(self, spec: Request) -> _Request:
         """See `Backend.stream`."""
         with self._lock:
             if self._closed or not self._thread.is_alive():
@@ -79,7 +79,7 @@ class LocalBackend:
 class _Request:
     """One request and the events that came of it so far."""
 
-    def __init__(self, spec: RunSpec | ExtractionSpec) -> None:
+    def __init__(self, spec: Request) -> None:
         self.spec = spec
         self.control = Control()
         self.log: list[Event | BaseException] = []
@@ -105,7 +105,7 @@ class _Request:
 
     def __next__(self) -> Event:
         while self._next >= len(self.log):
-            if self.log and isinstance(self.log[-1], (RunFinished, ExtractionFinished, BaseException)):
+            if self.log and isinstance(self.log[-1], (*FINISHED, BaseException)):
                 raise StopIteration
             # not for ever: a Ctrl-C that comes just before the wait would not end it
             with suppress(queue.Empty):

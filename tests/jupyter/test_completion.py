@@ -48,6 +48,13 @@ def test_vector_names_complete(complete, vectors):
     assert complete("%steer save f") == ["%steer save formal"]
 
 
+def test_lenses_complete(complete, session):
+    assert complete("%lens --lens lo") == ["%lens --lens logit"]
+    session.fit_lens(["the cat sat on the mat", "the dog ran"], steps=1)
+    assert sorted(complete("%lens --lens ")) == ["%lens --lens logit", "%lens --lens tuned"]
+    assert complete("%%lens --top-k 3 --lens=tu") == ["%%lens --top-k 3 --lens=tuned"]
+
+
 def test_commands_of_steer_complete(complete, vectors):
     assert set(complete("%steer ")) == {
         "%steer off", "%steer list", "%steer save", "%steer load", "%steer show", "%steer cheerful=", "%steer formal=",
@@ -74,6 +81,7 @@ def test_files_still_complete(complete, session, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cheerful_vector.safetensors").touch()
     assert "%steer load cheerful_vector.safetensors" in complete("%steer load cheerful_v")
+    assert "%lens --lens cheerful_vector.safetensors" in complete("%lens --lens cheerful_v")
 
 
 def test_without_a_model_there_are_no_vectors(complete):

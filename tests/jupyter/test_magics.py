@@ -141,6 +141,19 @@ def test_compare_reads_both_and_shows_the_difference(run, session, vector):
     assert data[TEXT] == f"base    │{cell.value.base_text}\nsteered │{cell.value.steered_text}"
 
 
+def test_another_lens_is_taken_by_name_or_file(run, refused, session, vector, tmp_path):
+    lens = session.fit_lens(["the cat sat on the mat", "the dog ran to the red house"], steps=3)
+    path = lens.save(tmp_path / "a lens.safetensors")
+    tuned = session.lens("the cat", lens="tuned")
+    assert not same(tuned, session.lens("the cat"))
+    assert same(run("%lens --lens tuned the cat").value, tuned)
+    assert np.array_equal(run(f"%%lens --lens '{path}'\nthe cat").value.top_logprobs, tuned.top_logprobs)
+    compared = run("%lens --lens tuned --compare --steer cheerful=4 the cat").value
+    assert same(compared.steered, session.compare("the cat", lens="tuned", steer={"cheerful": 4.0}).steered)
+    assert compared.steered.lens == "tuned"
+    assert refused("%lens --lens none the cat").startswith("lens 'none' is unknown; one of logit, ")
+
+
 def test_steer_replaces_the_live_setting_for_one_cell(run, session, vector):
     session.steer({"cheerful": 4.0})
     assert same(run("%lens the cat").value, session.lens("the cat", steer={"cheerful": 4.0}))

@@ -24,7 +24,8 @@ from steered_runs import (
 from tiny_models import D_MODEL, prompt_ids
 
 from nblens import DeviceMemoryError, UserError
-from nblens.runtime import engine as engine_module
+from nblens.lens.reader import LensReader
+from nblens.runtime import run as run_module
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
 from nblens.specs import (
@@ -127,7 +128,7 @@ def test_a_row_that_ended_is_kept_up_to_the_token_before_its_last(family):
 
 
 def test_somebody_watching_gets_slices_step_by_step_and_the_same_numbers(engine, monkeypatch):
-    monkeypatch.setattr(engine_module, "_WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "_WATCH_SECONDS", 0.0)
     at_leisure = run_engine(engine, PROMPTS[:1], new_tokens=6)
     watched = run_engine(engine, PROMPTS[:1], new_tokens=6, watched=True)
 
@@ -176,7 +177,7 @@ def test_what_was_read_before_the_memory_ran_out_counts_once(engine, new_tokens)
 def test_a_readout_out_of_memory_after_the_first_token_was_sampled_does_not_give_it_twice(engine, monkeypatch):
     full, failures = [], []
     normal = run_engine(engine, PROMPTS, new_tokens=3)
-    read = engine_module.LensReader.read
+    read = LensReader.read
 
     def failing(self, *args):
         if not failures:
@@ -184,7 +185,7 @@ def test_a_readout_out_of_memory_after_the_first_token_was_sampled_does_not_give
             out_of_memory()
         return read(self, *args)
 
-    monkeypatch.setattr(engine_module.LensReader, "read", failing)
+    monkeypatch.setattr(LensReader, "read", failing)
     run_engine(engine, PROMPTS, new_tokens=3, result=full)
     assert failures
     (result,) = full
@@ -193,7 +194,7 @@ def test_a_readout_out_of_memory_after_the_first_token_was_sampled_does_not_give
 
 
 def test_a_buffer_that_does_not_fit_halves_the_chunk_too(engine, monkeypatch):
-    buffer = engine_module.CaptureBuffer
+    buffer = run_module.CaptureBuffer
     capacities = []
 
     def reserve(architecture, places, capacity, device):
@@ -202,7 +203,7 @@ def test_a_buffer_that_does_not_fit_halves_the_chunk_too(engine, monkeypatch):
             out_of_memory()
         return buffer(architecture, places, capacity, device)
 
-    monkeypatch.setattr(engine_module, "CaptureBuffer", reserve)
+    monkeypatch.setattr(run_module, "CaptureBuffer", reserve)
     run = run_engine(engine, PROMPTS, STEERING)
     assert len(capacities) > 1
     assert capacities[-1] <= 9

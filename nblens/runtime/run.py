@@ -1,0 +1,146 @@
+"""`Run`: one try at one request, the observer that changes steering, keeps activations and reads them out."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from nblens.model.architecture import output_device
+from nblens.model.capture import CaptureBuffer, RowSpan
+from nblens.model.generation import Batch, Step, generate_text, new_cache
+from nblens.model.hooks import Instrumentation
+from nblens.runtime.backend import Control
+from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
+from nblens.steering.bank import SteeringBank
+
+if TYPE_CHECKING:
+    from nblens.runtime.engine import Engine
+
+__all__ = ["Run"]
+
+_DECODE_WINDOW = 64  # decoded tokens that wait for one readout
+_WATCH_SECONDS = 0.1
+
+
+class Run:
+    """One try at one request: the observer that changes steering, keeps rows and reads them out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: RunSpec,
+        batch: Batch,
+        chunk: int,
+        emit: Callable[[Event], None],
+        control: Control,
+    ) -> None:
+        self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
+        self._width = max(1, chunk // batch.rows)
+        self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
+        self._readers = engine.readers(spec)
+        self._places = self._capture_places()
+        self._buffer: CaptureBuffer | None = None
+        self._timings: dict[str, float] = defaultdict(float)
+        self._n_sampled = 0
+        self._last_flush = time.perf_counter()
+        self.decoding = False
+
+    def execute(self) -> None:
+        """Attach hooks, run, detach, and report."""
+        began = time.perf_counter()
+        engine, spec = self._engine, self._spec
+        self._buffer = self._new_buffer() if self._places else None
+        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places, self._batch.rows)):
+            loop = engine.loop(self._batch, self, self._width)
+            if spec.generation is None:
+                loop.prefill(new_cache(engine.model))
+            else:
+                generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
+            self._flush()
+        self._timings["total"] = time.perf_counter() - began
+        self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        """Apply what came in since the last step; False: stop."""
+        if self._control.cancelled:
+            return False
+        if coefficients := self._control.take_coefficients():
+            self._bank.set(coefficients)
+        self._bank.begin(phase, columns, batch)
+        self.decoding = phase == "generated"
+        self._step_began = time.perf_counter()
+        return True
+
+    def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
+        """Take note of the step, and read out when the buffer is full or somebody waits."""
+        self._timings["decode" if self.decoding else "prefill"] += time.perf_counter() - self._step_began
+        self._timings["forward_tokens"] += step.width
+        if self._buffer is not None:
+            self._buffer.commit(step)
+        if sampled is not None:
+            self._emit(TokensSampled(self._n_sampled, tuple(sampled)))
+            self._n_sampled += 1
+        if self._is_due(step):
+            self._flush()
+
+    def _is_due(self, step: Step) -> bool:
+        """The next step may be as wide as this one, or a single column when decoding."""
+        if self._buffer is None:
+            return False
+        if step.phase == "prompt" or not self._buffer.has_room_for(self._batch.rows):
+            return True
+        return self._spec.watched and time.perf_counter() - self._last_flush >= _WATCH_SECONDS
+
+    def _flush(self) -> None:
+        """Read out and emit what the buffer holds."""
+        if self._buffer is None:
+            return
+        began = time.perf_counter()
+        captured, spans = self._buffer.drain()
+        if spans:
+            if self._spec.capture:
+                self._emit_activations(captured, spans)
+            for reader in self._readers:
+                reader.read(captured, spans, self._emit)
+        self._last_flush = time.perf_counter()
+        self._timings["readout"] += self._last_flush - began
+
+    def _emit_activations(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
+        capture = self._spec.capture
+        for site in capture.sites:
+            slots = [self._places[site].index(block) for block in capture.blocks]
+            for span in spans:
+                values = captured[site][slots, span.place].cpu()
+                start = span.start
+                if capture.positions:
+                    kept = capture.positions[span.row]
+                    start = bisect_left(kept, span.start)
+                    inside = kept[start : bisect_left(kept, span.start + values.shape[1])]
+                    values = values[:, [position - span.start for position in inside]]
+                if values.shape[1]:
+                    self._emit(ActivationSlice(span.row, site, start, values))
+
+    def _capture_places(self) -> dict[str, tuple[int, ...]]:
+        """Blocks to keep per site: what the readers need and what was asked for raw, ascending."""
+        places: dict[str, set[int]] = defaultdict(set)
+        for reader in self._readers:
+            for site, blocks in reader.places.items():
+                places[site].update(blocks)
+        if self._spec.capture:
+            for site in self._spec.capture.sites:
+                places[site].update(self._spec.capture.blocks)
+        return {site: tuple(sorted(blocks)) for site, blocks in places.items()}
+
+    def _new_buffer(self) -> CaptureBuffer:
+        rows = self._batch.rows
+        width = min(self._width, self._batch.width)
+        if self._spec.generation:
+            window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens, self._engine.chunk(self._spec) // rows)
+            width = max(width, window)
+        architecture = self._engine.architecture
+        return CaptureBuffer(architecture, self._places, rows * width, output_device(architecture))
