@@ -87,7 +87,7 @@ class RequestBuilder:
             blocks=blocks,
             sites=names,
             top_k=int(top_k),
-            target_ids=self._target_ids(targets),
+            target_ids=None if targets is None else self._target_ids(targets),
             lens=lens,
             metrics=_metrics(metrics),
         )
@@ -107,8 +107,8 @@ class RequestBuilder:
             raise UserError("attribute needs at least one target token")
         return AttributionSpec(parse_layers(layers, self.architecture.n_blocks), target_ids)
 
-    def _target_ids(self, targets: Sequence[str | int] | str | int | None) -> Ids:
-        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets if targets is not None else ())
+    def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
+        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets)
         return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
     def capture(

@@ -114,7 +114,9 @@ class Session:
         top_k : int
             How many of the most likely tokens to keep per cell.
         targets : sequence of str or int, optional
-            Tokens (text or ids) to follow through all layers.
+            Tokens (text or ids) to follow through all layers. None: the distinct top tokens over the layers at the
+            prompt's last token, at most 8, the last block's first; of these without ranks, and in a prompt of
+            several hundred tokens over its last part alone.
         lens : str
             "logit": the logit lens (nostalgebraist 2020), final norm and lm_head applied to each block. Else a name in
             `session.lenses`, or the path of a lens file: its translators come first. See `fit_lens`.

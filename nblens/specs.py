@@ -134,7 +134,9 @@ class LensSpec:
     blocks: tuple[int, ...]
     sites: tuple[str, ...] = ("resid_post",)
     top_k: int = 5
-    target_ids: tuple[int, ...] = ()
+    target_ids: tuple[int, ...] | None = ()
+    """None: the leaders at the prompt's last token, the distinct top tokens over the blocks, of which log-probabilities
+    are read from there on, and as far back as one step reaches"""
     lens: str = "logit"
     """"logit", or the name of `LensTensors` that were sent before"""
     metrics: tuple[str, ...] = LENS_METRICS
@@ -246,6 +248,8 @@ class ReadoutSlice:
     """absolute position of the first token"""
     arrays: Mapping[str, np.ndarray]
     """field of `Trajectory` → (n_layers, n, …)"""
+    target_ids: tuple[int, ...] = ()
+    """what the arrays' targets are"""
 
 
 @dataclass(frozen=True)

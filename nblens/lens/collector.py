@@ -39,7 +39,9 @@ class TrajectoryCollector:
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""
         lens: LensSpec = self._spec.lens
-        arrays = _joined(self._parts(row, site) or [_no_tokens(lens)])
+        target_ids = self._target_ids(row, site)
+        parts = [_with_targets(part, len(target_ids)) for part in self._parts(row, site)]
+        arrays = _joined(parts or [_no_tokens(lens, len(target_ids))])
         n_tokens = arrays["top_ids"].shape[1]
         sequence = np.asarray([*self._spec.prompts[row], *self.sampled[row]], dtype=np.int32)
         next_ids = np.full(n_tokens, -1, dtype=np.int32)
@@ -49,7 +51,7 @@ class TrajectoryCollector:
         occurring = {
             *token_ids.tolist(),
             *next_ids.tolist(),
-            *lens.target_ids,
+            *target_ids,
             *arrays["top_ids"].ravel().tolist(),
         }
         vocabulary = {i: self._text_of(i) for i in sorted(occurring) if i >= 0}
@@ -59,7 +61,7 @@ class TrajectoryCollector:
             layers=lens.blocks,
             site=site,
             next_ids=next_ids,
-            target_ids=np.asarray(lens.target_ids, dtype=np.int32),
+            target_ids=np.asarray(target_ids, dtype=np.int32),
             vocabulary=vocabulary,
             prompt_length=min(len(self._spec.prompts[row]), n_tokens),
             n_blocks=self._n_blocks,
@@ -68,6 +70,13 @@ class TrajectoryCollector:
             timings=dict(timings or {}),
             **arrays,
         )
+
+    def _target_ids(self, row: int, site: str) -> tuple[int, ...]:
+        """What was asked for, or the leaders that the slices from the prompt's end on name."""
+        asked = self._spec.lens.target_ids
+        if asked is not None:
+            return asked
+        return max((piece.target_ids for piece in self._slices[row, site].values()), key=len, default=())
 
     def attribution(self, row: int, timings: Mapping[str, float] | None = None) -> Attribution:
         """What has been read so far of one row's logits and their parts."""
@@ -111,8 +120,20 @@ def _no_logits(asked: AttributionSpec) -> dict[str, np.ndarray]:
     )
 
 
-def _no_tokens(lens: LensSpec) -> dict[str, np.ndarray]:
-    cells, n_targets = (len(lens.blocks), 0), len(lens.target_ids)
+def _with_targets(arrays: Mapping[str, np.ndarray], n_targets: int) -> Mapping[str, np.ndarray]:
+    """The arrays of a slice, with nothing for targets that were found in a later one."""
+    if arrays["target_ranks"].shape[-1] == n_targets:
+        return arrays
+    cells = (*arrays["entropy"].shape, n_targets)
+    return {
+        **arrays,
+        "target_logprobs": np.full(cells, np.nan, np.float32),
+        "target_ranks": np.full(cells, -1, np.int32),
+    }
+
+
+def _no_tokens(lens: LensSpec, n_targets: int) -> dict[str, np.ndarray]:
+    cells = (len(lens.blocks), 0)
     return {
         "top_ids": np.zeros((*cells, lens.top_k), np.int32),
         "top_logprobs": np.zeros((*cells, lens.top_k), np.float32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from nblens.model.readout import Readout, ReadoutResult
 from nblens.specs import LensSpec, ReadoutSlice
 
 __all__ = ["LensReader"]
+
+_MOST_LEADERS = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class LensReader:
     spec: LensSpec
     lens: Lens | None = None
     """translators in front of the readout; None: the logit lens"""
+    prompt_lengths: tuple[int, ...] = ()
+    """tokens of each row's prompt: at its last, the leaders are found that stand in for targets"""
+    _leaders: dict[tuple[int, str], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def places(self) -> dict[str, tuple[int, ...]]:
@@ -50,8 +55,32 @@ class LensReader:
         # resid_post last: its last block, which the others are compared with, is overwritten when read
         for site in sorted(self.spec.sites, key=lambda name: name == "resid_post"):
             result, slots = self._read_site(site, captured, spans)
+            if self.spec.target_ids is None:
+                self._find_leaders(result, slots, site, spans)
+                followed = self.readout.more_logprobs(result, self._leader_ids(site, spans).to(result.normed.device))
             for span in spans:
-                emit(ReadoutSlice(span.row, site, span.start, self._arrays(result, slots, span.place)))
+                arrays, target_ids = self._arrays(result, slots, span.place), self.spec.target_ids
+                if target_ids is None:
+                    target_ids = self._leaders.get((span.row, site), ())
+                    logprobs = followed[slots, span.place, : len(target_ids)].cpu().numpy()
+                    not_counted = np.full(logprobs.shape, -1, np.int32)
+                    arrays |= {"target_logprobs": logprobs, "target_ranks": not_counted}
+                emit(ReadoutSlice(span.row, site, span.start, arrays, target_ids))
+
+    def _find_leaders(self, result: ReadoutResult, slots: list[int], site: str, spans: Sequence[RowSpan]) -> None:
+        """Note the distinct top tokens over the blocks at the last token of each prompt that ends here, last first."""
+        for span in spans:
+            last = self.prompt_lengths[span.row] - 1 - span.start
+            if 0 <= last < span.place.stop - span.place.start:
+                tops = result.top_ids[slots, span.place.start + last, 0].tolist()
+                self._leaders[span.row, site] = tuple(dict.fromkeys(reversed(tops)))[:_MOST_LEADERS]
+
+    def _leader_ids(self, site: str, spans: Sequence[RowSpan]) -> torch.Tensor:
+        """The leaders of each token's row, int64 (n, m), filled up with -1."""
+        of_rows = [self._leaders.get((span.row, site), ()) for span in spans]
+        most = max(map(len, of_rows))
+        rows = [torch.tensor([*ids, *[-1] * (most - len(ids))]) for ids in of_rows]
+        return torch.cat([row.expand(len(span.next_ids), -1) for row, span in zip(rows, spans, strict=True)]).long()
 
     def _read_site(
         self, site: str, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]
@@ -83,7 +112,7 @@ class LensReader:
     def _wanted(self, spans: Sequence[RowSpan]) -> torch.Tensor:
         """Ids asked for at every token: the one that follows, then the targets, (n, 1 + n_targets)."""
         following = torch.cat([span.next_ids for span in spans])
-        targets = torch.tensor(self.spec.target_ids, dtype=torch.long).expand(len(following), -1)
+        targets = torch.tensor(self.spec.target_ids or (), dtype=torch.long).expand(len(following), -1)
         return torch.cat([following[:, None], targets], 1)
 
     def _arrays(self, result: ReadoutResult, slots: list[int], place: slice) -> dict[str, np.ndarray]:

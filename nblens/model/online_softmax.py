@@ -151,13 +151,13 @@ class OnlineSoftmax:
     @property
     def top(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and log-probabilities of the largest, (n_slots, n, k)."""
-        return self._top_ids, self._top_values - self._normaliser
+        return self._top_ids, self._top_values - self.normaliser[..., None]
 
     @property
     def wanted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and ranks of the wanted ids, (n_slots, n, n_wanted); NaN and -1 where there is none."""
         missing = (self._wanted < 0).expand(self._found.shape)
-        logprobs = (self._found - self._normaliser).masked_fill(missing, torch.nan)
+        logprobs = (self._found - self.normaliser[..., None]).masked_fill(missing, torch.nan)
         ranks = self._above + 1 if self._thresholds is not None else torch.full_like(self._above, -1)
         return logprobs, ranks.masked_fill(missing, -1)
 
@@ -178,8 +178,9 @@ class OnlineSoftmax:
         return kl.masked_fill_(kl > -_FLOOR / 1e10, torch.inf)
 
     @property
-    def _normaliser(self) -> torch.Tensor:
-        return (self._max + self._total.log())[..., None]
+    def normaliser(self) -> torch.Tensor:
+        """Log-sum-exp of the logits, (n_slots, n)."""
+        return self._max + self._total.log()
 
 
 def top_of_rows(tile: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

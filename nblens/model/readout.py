@@ -41,6 +41,10 @@ class ReadoutResult:
     """(n_slots, n, n_wanted), nats"""
     wanted_ranks: torch.Tensor
     """int64 (n_slots, n, n_wanted); 1 is the most likely, -1: not asked for"""
+    normed: torch.Tensor
+    """(n_slots, n, …): what the lm_head was given; valid as long as the caller leaves its buffer alone"""
+    normaliser: torch.Tensor
+    """(n_slots, n): log-sum-exp of the logits"""
 
 
 class Readout:
@@ -136,7 +140,33 @@ class Readout:
             tiles.read(columns.start, columns.stop)
         top_ids, top_logprobs = stats.top
         wanted_logprobs, wanted_ranks = stats.wanted
-        return ReadoutResult(top_ids, top_logprobs, stats.entropy, stats.kl_to_final, wanted_logprobs, wanted_ranks)
+        return ReadoutResult(
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            entropy=stats.entropy,
+            kl_to_final=stats.kl_to_final,
+            wanted_logprobs=wanted_logprobs,
+            wanted_ranks=wanted_ranks,
+            normed=normed,
+            normaliser=stats.normaliser,
+        )
+
+    @torch.no_grad()
+    def more_logprobs(self, result: ReadoutResult, ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of further ids of what was read, without another pass over the vocabulary.
+
+        Parameters
+        ----------
+        ids : torch.Tensor
+            int64 (n, m); -1 for none.
+
+        Returns
+        -------
+        torch.Tensor
+            float32 (n_slots, n, m), nats; NaN where there is no id.
+        """
+        logits = self._head.pick(result.normed, ids.clamp(min=0))
+        return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
 
     def _tile_spans(self) -> list[slice]:
         vocab_size = self._architecture.vocab_size

@@ -138,7 +138,8 @@ def _metric_axis(ax: Axes, metric: str) -> None:
 
 def _token_ids(trajectory: Any, tokens: Sequence[str | int] | None, position: int) -> list[int]:
     if tokens is None:
-        return (trajectory.target_ids if len(trajectory.target_ids) else trajectory.top_ids[-1, position]).tolist()
+        followed = np.isfinite(trajectory.target_logprobs[:, position]).all(0)
+        return (trajectory.target_ids[followed] if followed.any() else trajectory.top_ids[-1, position]).tolist()
     by_text: dict[str, int] = {}
     for token_id, text in trajectory.vocabulary.items():
         by_text.setdefault(text, token_id)
@@ -155,10 +156,10 @@ def _token_ids(trajectory: Any, tokens: Sequence[str | int] | None, position: in
 def _over_depth(trajectory: Any, token_id: int, position: int, metric: str) -> np.ndarray:
     """Probability or rank of one token by layer; NaN where the trajectory does not hold it."""
     (target,) = np.nonzero(trajectory.target_ids == token_id)
-    if len(target):
-        if metric == "rank":
-            return trajectory.target_ranks[:, position, target[0]].astype(float)
+    if len(target) and metric == "prob" and np.isfinite(trajectory.target_logprobs[:, position, target[0]]).all():
         return np.exp(trajectory.target_logprobs[:, position, target[0]].astype(float))
+    if len(target) and metric == "rank" and (trajectory.target_ranks[:, position, target[0]] > 0).all():
+        return trajectory.target_ranks[:, position, target[0]].astype(float)
     among = trajectory.top_ids[:, position] == token_id
     values = np.exp(trajectory.top_logprobs[:, position]) if metric == "prob" else 1.0 + np.arange(among.shape[1])
     return np.where(among.any(-1), np.where(among, values, 0).sum(-1), np.nan)

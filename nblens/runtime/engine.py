@@ -241,7 +241,7 @@ class Engine:
             readers.append(AttributionReader(self.architecture, spec.attribution))
         if spec.lens:
             lens = None if spec.lens.lens == LOGIT else self.lenses[spec.lens.lens]
-            readers.append(LensReader(self.architecture, self.readout, spec.lens, lens))
+            readers.append(LensReader(self.architecture, self.readout, spec.lens, lens, tuple(map(len, spec.prompts))))
         return readers
 
     def hook_points(

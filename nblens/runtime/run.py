@@ -106,9 +106,19 @@ class Run:
             if self._spec.capture:
                 self._emit_activations(captured, spans)
             for reader in self._readers:
-                reader.read(captured, spans, self._emit)
+                reader.read(self._of_places(captured, reader.places), spans, self._emit)
         self._last_flush = time.perf_counter()
         self._timings["readout"] += self._last_flush - began
+
+    def _of_places(
+        self, captured: dict[str, torch.Tensor], places: dict[str, tuple[int, ...]]
+    ) -> dict[str, torch.Tensor]:
+        """What one reader asked for: views, but for a site of which others want further blocks."""
+        chosen = {}
+        for site, blocks in places.items():
+            kept = self._places[site]
+            chosen[site] = captured[site] if blocks == kept else captured[site][[kept.index(b) for b in blocks]]
+        return chosen
 
     def _emit_activations(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
         capture = self._spec.capture

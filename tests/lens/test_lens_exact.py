@@ -51,6 +51,7 @@ def test_every_block_equals_the_dense_reference(session, site):
     assert trajectory.site == site
     assert trajectory.token_ids.tolist() == PROMPT
     assert trajectory.next_ids.tolist() == [*PROMPT[1:], -1]
+    assert (trajectory.target_ranks > 0).all()
     assert_equals_dense(trajectory, dense(session.model, PROMPT, site))
 
 
