@@ -66,6 +66,11 @@ class OnlineSoftmax:
         self._found = filled(many, -torch.inf)
         self._above = filled(many, 0, torch.long)
 
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether sums beside the log-sum-exp are asked for."""
+        return self._entropy or self._final is not None
+
     def update(
         self,
         slots: slice,
@@ -73,7 +78,7 @@ class OnlineSoftmax:
         tile: torch.Tensor,
         start: int,
         *,
-        scratch: torch.Tensor,
+        scratch: torch.Tensor | None = None,
         final_tile: torch.Tensor | None = None,
     ) -> None:
         """Take in the logits of columns `start` … of some rows.
@@ -84,8 +89,8 @@ class OnlineSoftmax:
             What the tile is of. Of every tile, the last block comes first.
         tile : torch.Tensor
             float32 (slots, rows, columns); **overwritten**: the running maximum is taken off.
-        scratch : torch.Tensor
-            Memory of the tile's shape.
+        scratch : torch.Tensor, optional
+            Memory of the tile's shape, where `needs_scratch`.
         final_tile : torch.Tensor, optional
             (rows, columns): the last block's tile as its own update left it.
         """
@@ -97,7 +102,7 @@ class OnlineSoftmax:
         shrink = (self._max[place] - new_max).clamp_(min=_FLOOR)  # −inf at the first tile
         self._max[place] = new_max
         shifted = tile.sub_(new_max[..., None])
-        if self._entropy or self._final is not None:
+        if self.needs_scratch:
             self._update_sums(place, shifted, shrink, scratch, final_tile)
         else:
             self._total[place] = self._total[place] * shrink.exp() + shifted.exp_().sum(-1)

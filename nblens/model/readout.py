@@ -89,7 +89,7 @@ class Readout:
         normed = architecture.apply_tail(hidden.to(output_device(architecture), architecture.dtype))
         expected = architecture.transform.apply_(architecture.lm_head(normed).float())
         tiled = torch.empty_like(expected)
-        for columns in self._tile_spans():
+        for columns in self._tile_spans(self._tile_columns):
             tiled[:, columns] = self._head.tile(normed, columns.start, torch.empty_like(expected[:, columns]))
         error = (tiled - expected).abs().max().item()
         tolerance = logit_tolerance(expected, architecture.dtype)
@@ -135,8 +135,10 @@ class Readout:
         stats = OnlineSoftmax(
             n_slots, min(top_k, vocab_size), wanted, thresholds=thresholds, entropy=entropy, final=final
         )
-        tiles = _Tiles(normed, self._head, stats, final, self._tile_elements)
-        for columns in self._tile_spans():
+        # top-k alone needs one buffer of the three: it may be larger, which makes fewer and better products
+        larger = 1 if stats.needs_scratch else 2
+        tiles = _Tiles(normed, self._head, stats, final, larger * self._tile_elements)
+        for columns in self._tile_spans(larger * self._tile_columns):
             tiles.read(columns.start, columns.stop)
         top_ids, top_logprobs = stats.top
         wanted_logprobs, wanted_ranks = stats.wanted
@@ -168,9 +170,9 @@ class Readout:
         logits = self._head.pick(result.normed, ids.clamp(min=0))
         return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
 
-    def _tile_spans(self) -> list[slice]:
+    def _tile_spans(self, columns: int) -> list[slice]:
         vocab_size = self._architecture.vocab_size
-        return _spans(vocab_size, self._tile_columns if self._head.sliceable else vocab_size)
+        return _spans(vocab_size, columns if self._head.sliceable else vocab_size)
 
     def _normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the tail, in place where it keeps the width."""
@@ -210,7 +212,7 @@ class _Tiles:
         self, slots: slice, rows: slice, start: int, tile: torch.Tensor, final_tile: torch.Tensor | None
     ) -> torch.Tensor:
         self._head.tile(self._normed[slots, rows].flatten(0, 1), start, tile.flatten(0, 1))
-        scratch = self._buffer("scratch", *tile.shape)
+        scratch = self._buffer("scratch", *tile.shape) if self._stats.needs_scratch else None
         self._stats.update(slots, rows, tile, start, scratch=scratch, final_tile=final_tile)
         return tile
 
