@@ -119,11 +119,13 @@ def test_contributing_maps_every_module():
     assert drawn - {"__init__.py"} == there
 
 
-def test_the_readmes_python_runs():
-    (source,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    names = {}
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of its lines writes a file
+    source, names = "\n".join(re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)), {}
     try:
         exec(compile(source, "<the Python of README.md>", "exec"), names)
+        assert names["states"] == tmp_path / "states.safetensors"
+        assert names["parts"].target_tokens == (" Paris",)
         assert names["trajectory"].top_logprobs.shape[-1] == 5
         assert [generation.coefficient for generation in names["sweep"]] == [-1, 0, 1]
     finally:
