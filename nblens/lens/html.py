@@ -230,7 +230,7 @@ def _table(grid: _Grid) -> str:
 def _head(grid: _Grid) -> str:
     trajectory, scale = grid.trajectory, grid.scale
     size = f"{trajectory.n_layers} layers × {trajectory.n_tokens} tokens"
-    facts = [plain(trajectory.site), plain(trajectory.model), size]
+    facts = [plain(trajectory.reading), plain(trajectory.model), size]
     title = f"<b>{escape(grid.title)}</b>" if grid.title else ""
     # spaces between the parts are for where stylesheets are taken out: an untrusted notebook, a code host
     ticks = " ".join(f"<i>{text}</i>" for _, text in scale.ticks())

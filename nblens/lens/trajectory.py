@@ -119,6 +119,11 @@ class Trajectory:
         return len(self.tokens)
 
     @property
+    def reading(self) -> str:
+        """Site and lens, for a title: "resid_post", or "resid_post, tuned lens"."""
+        return self.site if self.lens == "logit" else f"{self.site}, {self.lens} lens"
+
+    @property
     def text(self) -> str:
         """The fed tokens as one string."""
         return "".join(self.tokens)
@@ -312,7 +317,7 @@ class Trajectory:
 
     def __repr__(self) -> str:
         return (
-            f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.site}, "
+            f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.reading}, "
             f"top {self.top_ids.shape[-1]}, {self.model})"
         )
 

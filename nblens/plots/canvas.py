@@ -93,8 +93,8 @@ def tidy(ax: Axes, layers: Sequence[int]) -> None:
 
 
 def origin(trajectory: Any) -> str:
-    """Site and model, for a title."""
-    return f"{plain(trajectory.site)} · {plain(trajectory.model)}"
+    """Site, lens and model, for a title."""
+    return f"{plain(trajectory.reading)} · {plain(trajectory.model)}"
 
 
 def write_title(ax: Axes, text: str) -> None:

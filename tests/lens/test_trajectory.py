@@ -340,3 +340,12 @@ def test_nothing_is_ever_unpickled(tmp_path, write):
     with pytest.raises(FileFormatError):
         Trajectory.load(tmp_path / "a")
     assert exploded == []
+
+
+def test_a_lens_that_is_not_the_logit_lens_is_named_wherever_the_trajectory_shows():
+    tuned = replace(trajectory_of(), lens="tuned")
+    assert tuned.reading == f"{tuned.site}, tuned lens"
+    assert "at resid_post, tuned lens" in repr(tuned)
+    assert "resid_post, tuned lens" in tuned.to_html()
+    assert "resid_post, tuned lens" in tuned.plot().axes[0].get_title("left")
+    assert "lens" not in repr(replace(tuned, lens="logit"))
