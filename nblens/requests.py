@@ -81,6 +81,7 @@ class RequestBuilder:
         vocab_size = self.architecture.vocab_size
         if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
+        lens = os.fspath(lens) if isinstance(lens, os.PathLike) else lens
         blocks, names = parse_layers(layers, self.architecture.n_blocks), _site_names(sites)
         self.lenses.check(lens, names, blocks)
         return LensSpec(
@@ -94,6 +95,8 @@ class RequestBuilder:
 
     def lens_from(self, options: Mapping[str, Any] | bool) -> LensSpec:
         """What the lens shall read, from True or a dict of the arguments of `lens`."""
+        if options is not True and not isinstance(options, Mapping):
+            raise UserError(f"lens must be True, or a dict of arguments of lens; got {options!r}")
         options = {} if options is True else dict(options)
         known = ("layers", "sites", "top_k", "targets", "lens", "metrics")
         if unknown := sorted(set(options) - set(known)):
@@ -108,6 +111,8 @@ class RequestBuilder:
         return AttributionSpec(parse_layers(layers, self.architecture.n_blocks), target_ids)
 
     def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
+        if not isinstance(targets, (str, Integral, Iterable)):
+            raise UserError(f"targets must be tokens, as text or ids, got {targets!r}")
         wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets)
         return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
@@ -122,6 +127,8 @@ class RequestBuilder:
         generate: int,
     ) -> CaptureSpec:
         """Which activations shall be kept, of which tokens."""
+        if to is not None and not isinstance(to, (str, os.PathLike)):
+            raise UserError(f"to must be the path of a file, got {to!r}")
         kept = () if positions is None else tuple(_positions(positions, len(ids), generate) for ids in prompts)
         return CaptureSpec(
             blocks=parse_layers(layers, self.architecture.n_blocks),
@@ -222,7 +229,12 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
             raise UserError(f"positions {spec!r} are unknown; one of {', '.join(named)}, or indices, or a slice")
         return tuple(named[spec])
     if isinstance(spec, slice):
-        return tuple(sorted(fed[spec]))
+        try:
+            return tuple(sorted(fed[spec]))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"positions {spec!r}: {error}") from None
+    if isinstance(spec, bool) or not isinstance(spec, (Integral, Iterable)):
+        raise UserError(f"positions must be indices, a slice or a name, got {spec!r}")
     indices = [spec] if isinstance(spec, Integral) else list(spec)
     if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= i < len(fed)]:
         raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
@@ -230,6 +242,8 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
 
 
 def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(metrics, Iterable):
+        raise UserError(f"metrics must be names, or none: (), got {metrics!r}")
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if unknown := [name for name in names if name not in LENS_METRICS]:
         raise UserError(f"metric {unknown[0]!r} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()")
@@ -247,7 +261,9 @@ def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
 
 
 def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
+    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"sites must be names such as resid_post, got {sites!r}")
     if not names:
         raise UserError("name at least one site, such as resid_post")
     return tuple(dict.fromkeys(check_site(name) for name in names))

@@ -220,6 +220,7 @@ class Session:
         chat: bool = False,
         seed: int | None = None,
         temperature: float = 0.0,
+        metrics: Sequence[str] = LENS_METRICS,
         **options: Any,
     ) -> Comparison:
         """Read the same prompt without and with steering, as two rows of one batch.
@@ -233,12 +234,14 @@ class Session:
         """
         build = self._build
         ids = build.one_prompt(prompt, "compare", chat=chat, generate=generate)
+        if options and not generate:
+            raise UserError(f"compare option {min(options)!r} is unknown, or one of generation that needs generate=N")
         steers = self._steers(steer)
         if not steers:
             raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
         spec = RunSpec(
             prompts=(ids, ids),
-            lens=build.lens(layers, site, top_k, targets, lens),
+            lens=build.lens(layers, site, top_k, targets, lens, metrics),
             generation=build.generation(generate, temperature, seed, 2, options) if generate else None,
             steering=tuple(self.vectors.write(s, (0.0, s.coefficient)) for s in steers),
         )
@@ -290,7 +293,7 @@ class Session:
         strengths = {s.name: s.coefficient for s in steers}
         spec = RunSpec(
             prompts=prompts,
-            lens=build.lens_from(lens) if lens else None,
+            lens=None if lens is None or lens is False else build.lens_from(lens),
             generation=build.generation(max_new_tokens, temperature, seed, len(prompts), options),
             steering=self._writes(steer, len(prompts)),
         )

@@ -39,7 +39,7 @@ from nblens import (
     VectorMismatchError,
 )
 from nblens.runtime.backend import Control
-from nblens.specs import TokensSampled
+from nblens.specs import ActivationSlice, CaptureSpec, RunSpec, TokensSampled
 
 WEIGHTS = Path(nblens.__file__).parent / "demo" / "weights"
 SECONDS = 20  # a bound that is only reached by a hang
@@ -1196,3 +1196,60 @@ def test_only_the_asked_for_metrics_are_computed(session):
     assert np.isnan(one.kl_to_final).all()
     with pytest.raises(UserError, match="metric 'entropi' is unknown; a lens computes entropy, kl, rank, or none"):
         session.lens(PROMPT, metrics=["entropi"])
+
+
+# what is neither a value nor a name ----------------------------------------------------------------------------------
+
+MISTAKES = {
+    "a slice without a step": (lambda s: s.capture(PROMPT, positions=slice(None, None, 0)), "positions slice"),
+    "half a position": (lambda s: s.capture(PROMPT, positions=1.5), "positions must be indices"),
+    "a truth for a position": (lambda s: s.capture(PROMPT, positions=True), "positions must be indices"),
+    "a number for a file": (lambda s: s.capture(PROMPT, to=5), "to must be the path of a file, got 5"),
+    "no sites": (lambda s: s.lens(PROMPT, sites=None), "sites must be names such as resid_post, got None"),
+    "sites of sites": (lambda s: s.lens(PROMPT, sites=[["attn_out"]]), "sites must be names"),
+    "no metrics": (lambda s: s.lens(PROMPT, metrics=None), "metrics must be names"),
+    "half a target": (lambda s: s.lens(PROMPT, targets=3.5), "targets must be tokens, as text or ids, got 3.5"),
+    "a name for lens options": (lambda s: s.generate(PROMPT, 2, lens="logit"), "lens must be True, or a dict"),
+    "an unknown option of compare": (lambda s: s.compare(PROMPT, steer={"v": 1}, sites="x"), "'sites' is unknown"),
+    "half a position of a plot": (lambda s: s.attribute(PROMPT, [7]).plot(1.5), "position 1.5 is outside"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_one_line(session, what):
+    ask, message = MISTAKES[what]
+    with pytest.raises(UserError, match=message) as mistake:
+        ask(session)
+    assert "\n" not in str(mistake.value)
+    assert session.lens(PROMPT).n_tokens == len(PROMPT)
+
+
+def test_an_empty_dict_asks_for_the_lens_with_its_defaults(session):
+    assert session.generate(PROMPT, 2, lens={}).trajectory is not None
+
+
+def test_a_comparison_computes_only_the_asked_for_metrics(session):
+    comparison = session.compare(PROMPT, steer={"v": 1.5}, metrics=())
+    assert np.isnan(comparison.base.entropy).all()
+    assert np.isnan(comparison.diff.metric("rank")).all()
+    assert "nan" not in comparison.base.to_html()
+
+
+def test_a_coefficient_changed_before_memory_ran_out_holds_after_the_restart(session):
+    prompt = prompt_ids(12)
+    session.steer({"v": 0.0})
+    passes = []
+
+    def change(module, args, output):
+        passes.append(1)
+        if len(passes) == 1:
+            session.steer({"v": 2.0})
+        if len(passes) == 3:  # the second step, which began with the new strength
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    capture = CaptureSpec((0, 1, 2), ("resid_post",))
+    spec = RunSpec((tuple(prompt),), capture=capture, steering=session._writes(None, 1), chunk=4)
+    with session.architecture.blocks[0].register_forward_hook(change):
+        events, _ = session._events(spec)
+    restarted = torch.cat([e.values for e in events if isinstance(e, ActivationSlice)][-6:], 1)
+    assert torch.allclose(restarted, session.capture(prompt, steer={"v": 2.0}), atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,13 +71,14 @@ class Attribution:
                 rows.append((site, self.layers[row], position, self.target_tokens[target], value))
         for (position, target), value in np.ndenumerate(self.embedding):
             rows.append(("embedding", -1, position, self.target_tokens[target], value))
+            rows.append(("bias", -1, position, self.target_tokens[target], self.bias[target]))
         return pd.DataFrame(rows, columns=["part", "layer", "position", "target", "logit"])
 
     def plot(self, position: int = -1) -> Figure:
         """Bars over the blocks for one token position, attention and MLP apart, a panel per target."""
         from nblens import plots
 
-        if not -len(self.tokens) <= position < len(self.tokens):
+        if not isinstance(position, Integral) or not -len(self.tokens) <= position < len(self.tokens):
             raise UserError(f"position {position} is outside these {len(self.tokens)} tokens")
         return plots.attribution_bars(self, position)
 

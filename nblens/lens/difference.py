@@ -50,7 +50,10 @@ class TrajectoryDiff:
         if name == "prob":
             base = np.where(self._same_token, np.exp(self.base.top_logprobs), 0.0).sum(-1)
             return np.exp(self.other.top_logprobs[..., 0]) - base
-        return self.other.metric(name).astype(np.float32) - self.base.metric(name)
+        change = self.other.metric(name).astype(np.float32) - self.base.metric(name)
+        if name == "rank":
+            change[(self.base.next_rank < 1) | (self.other.next_rank < 1)] = np.nan
+        return change
 
     @property
     def prob_uncertainty(self) -> np.ndarray:
@@ -69,7 +72,7 @@ class TrajectoryDiff:
     def __repr__(self) -> str:
         return (
             f"TrajectoryDiff({self.base.n_layers} layers × {self.base.n_tokens} tokens, "
-            f"top token changed in {self.top1_changed.mean():.0%} of cells)"
+            f"top token changed in {self.top1_changed.sum()} of {self.top1_changed.size} cells)"
         )
 
     def _repr_html_(self) -> str:

@@ -53,7 +53,7 @@ def fit_translators(
     after: tuple[float, ...] = ()
     if not cancelled():
         batches = (read(texts) for texts in _packed(spec.held_out, spec.batch_tokens))
-        before, after = mean_divergences(architecture, Lens.of(tensors), batches)
+        before, after = mean_divergences(architecture, Lens.of(tensors).to(output_device(architecture)), batches)
     weights, biases = ({depth: t.cpu() for depth, t in part.items()} for part in (tensors.weights, tensors.biases))
     return FitFinished(weights, biases, done, fit.n_texts, before, after, cancelled())
 

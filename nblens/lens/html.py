@@ -174,7 +174,9 @@ def _trajectory_grid(
         entropy, kl = trajectory.entropy[row, column], trajectory.kl_to_final[row, column]
         rank = trajectory.next_rank[row, column]
         follows = f" next{_THIN}#{rank}" if rank > 0 else ""
-        return [*ranked(row, column, k), f"H{_THIN}{entropy:.2f} KL{_THIN}{kl:.2f}{follows}"]
+        numbers = [f"{name}{_THIN}{value:.2f}" for name, value in (("H", entropy), ("KL", kl)) if not np.isnan(value)]
+        facts = f"{' '.join(numbers)}{follows}".strip()
+        return [*ranked(row, column, k), *([facts] if facts else [])]
 
     scale = scale or Scale.magnitude(metric, values)
     return _Grid(title, scale, trajectory, values, top == top[-1], "as in the last block", widths, describe)

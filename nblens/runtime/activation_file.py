@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Self
@@ -135,10 +136,13 @@ class ActivationFile:
         """Put tokens start … in their place, (n_layers, n, d_model); what was there is replaced."""
         _, room, d_model = self._shapes[name]
         values = values.to("cpu", self._dtype).contiguous()
-        for layer, rows in enumerate(values):
-            position = (layer * room + start) * d_model * self._itemsize
-            self._data.seek(self._offsets[name] + position)
-            self._data.write(rows.view(torch.uint8).numpy().data)
+        try:
+            for layer, rows in enumerate(values):
+                position = (layer * room + start) * d_model * self._itemsize
+                self._data.seek(self._offsets[name] + position)
+                self._data.write(rows.view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         self._tokens[name] = max(self._tokens[name], start + values.shape[1])
 
     def n_tokens(self, name: str) -> int:
@@ -195,5 +199,6 @@ class ActivationFile:
 
     def discard(self) -> None:
         """Close and remove the temporary file; harmless when that was done."""
-        self._data.close()
+        with suppress(OSError):  # what is still to be written may have no room either
+            self._data.close()
         self._temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nblens.errors import DeviceMemoryError
-from nblens.lens.attribution import AttributionReader
+from nblens.lens.attribution import CONTRIBUTIONS, AttributionReader
 from nblens.lens.fitting import fit_translators
 from nblens.lens.reader import LensReader
 from nblens.lens.translators import LOGIT, Lens
@@ -22,7 +22,7 @@ from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
 from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
-from nblens.runtime.row_groups import RowGroups
+from nblens.runtime.row_groups import RowControl, RowGroups
 from nblens.runtime.run import Run
 from nblens.specs import (
     Event,
@@ -111,11 +111,15 @@ class Engine:
                 self._run_group(*groups.start(rows))
         groups.finish()
 
-    def _run_group(self, spec: RunSpec, emit: Callable[[Event], None], control: Control) -> None:
+    def _run_group(self, spec: RunSpec, emit: Callable[[Event], None], control: RowControl) -> None:
         batch = self._batch(spec.prompts)
 
+        usual = self.chunk(spec)
+        first, fewest = spec.chunk or usual, self.feeding.fewest(batch.rows, batch.width)
+
         def attempt(chunk: int) -> None:
-            run = Run(self, spec, batch, chunk, emit, control)
+            decoded_tokens = min(usual, usual * chunk // first)  # fewer where memory ran out before
+            run = Run(self, spec, batch, chunk, decoded_tokens, emit, control.again())
             try:
                 run.execute()
             except RuntimeError as error:
@@ -123,13 +127,13 @@ class Engine:
                     raise out_of_memory("generating", batch, chunk) from error
                 raise
 
-        with_smaller_chunks(
-            attempt, spec.chunk or self.chunk(spec), self.feeding.fewest(batch.rows, batch.width), batch
-        )
+        with_smaller_chunks(attempt, first, fewest, batch)
 
     def chunk(self, spec: RunSpec) -> int:
         """Tokens per step, over all rows: what they leave behind at every site and block must fit beside the model."""
         sites = {*(spec.lens.sites if spec.lens else ()), *(spec.capture.sites if spec.capture else ())}
+        if spec.attribution:
+            sites |= {*CONTRIBUTIONS, "resid_pre", "resid_post"}
         architecture = self.architecture
         per_token = len(sites) * architecture.n_blocks * architecture.d_model * architecture.dtype.itemsize
         return chunk_that_fits(per_token, output_device(architecture))

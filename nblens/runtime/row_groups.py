@@ -10,7 +10,7 @@ from typing import Any
 from nblens.runtime.backend import Control
 from nblens.specs import ActivationSlice, Event, ReadoutSlice, RunFinished, RunSpec, TokensSampled
 
-__all__ = ["RowGroups"]
+__all__ = ["RowControl", "RowGroups"]
 
 
 class RowGroups:
@@ -32,9 +32,9 @@ class RowGroups:
         self._coefficients: dict[str, float | Sequence[float]] = {}
         self._timings: dict[str, float] = defaultdict(float)
 
-    def start(self, rows: Sequence[int]) -> tuple[RunSpec, Callable[[Event], None], Control]:
+    def start(self, rows: Sequence[int]) -> tuple[RunSpec, Callable[[Event], None], RowControl]:
         """What the run over these rows is asked, where its events go, and what reaches it from outside."""
-        return _part(self._spec, rows), lambda event: self._pass_on(event, rows), _RowControl(self, rows)
+        return _part(self._spec, rows), lambda event: self._pass_on(event, rows), RowControl(self, rows)
 
     def finish(self) -> None:
         """Emit the one finishing event."""
@@ -64,19 +64,26 @@ class RowGroups:
         self._emit(event)
 
 
-class _RowControl:
+class RowControl:
     """A `Control` as the run over some rows sees it."""
 
     def __init__(self, groups: RowGroups, rows: Sequence[int]) -> None:
         self._groups, self._rows, self._first = groups, rows, True
 
+    def again(self) -> RowControl:
+        """For another try at the same run: its first step takes everything changed since the request began."""
+        self._first = True
+        return self
+
     def take_coefficients(self) -> dict[str, float | list[float]]:
+        """What the run's next step shall change."""
         taken = self._groups.take_coefficients(self._rows, first=self._first)
         self._first = False
         return taken
 
     @property
     def cancelled(self) -> bool:
+        """Whether the request was asked to stop."""
         return self._groups.cancelled
 
 

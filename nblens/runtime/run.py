@@ -36,9 +36,11 @@ class Run:
         spec: RunSpec,
         batch: Batch,
         chunk: int,
+        decoded_tokens: int,
         emit: Callable[[Event], None],
         control: Control,
     ) -> None:
+        self._decoded_tokens = decoded_tokens  # that may wait for one readout, over all rows
         self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
         self._width = max(1, chunk // batch.rows)
         self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
@@ -150,7 +152,7 @@ class Run:
         rows = self._batch.rows
         width = min(self._width, self._batch.width)
         if self._spec.generation:
-            window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens, self._engine.chunk(self._spec) // rows)
+            window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens, self._decoded_tokens // rows)
             width = max(width, window)
         architecture = self._engine.architecture
         return CaptureBuffer(architecture, self._places, rows * width, output_device(architecture))

@@ -139,10 +139,10 @@ def test_frame_and_figure_hold_every_number(attach):
     session = attach(tiny_model("llama"))
     parts = session.attribute(PROMPT, TARGETS)
     frame = parts.to_frame()
-    assert len(frame) == 2 * 3 * 11 * 3 + 11 * 3
+    assert len(frame) == 2 * 3 * 11 * 3 + 2 * 11 * 3
     sums = frame.groupby(["position", "target"])["logit"].sum()
     for position in (0, 10):
-        expected = parts.logits[position] - parts.bias
+        expected = parts.logits[position]
         got = [sums[position, target] for target in parts.target_tokens]
         np.testing.assert_allclose(got, expected, atol=1e-3)
     figure = parts.plot(position=4)

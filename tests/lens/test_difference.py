@@ -16,7 +16,8 @@ def test_a_difference_is_other_minus_base():
     diff = base.diff(other)
     assert diff.metric("entropy").tolist() == (2 * base.entropy).tolist()
     assert (diff.metric("kl") == 5).all()
-    assert (diff.metric("rank") == 2).all()
+    assert (diff.metric("rank")[:, :-1] == 2).all()
+    assert np.isnan(diff.metric("rank")[:, -1]).all()  # nothing follows the last token
     assert not diff.top1_changed.any()
     assert (other.diff(base).metric("kl") == -5).all()
 

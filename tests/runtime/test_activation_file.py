@@ -163,3 +163,31 @@ def test_slices_come_in_any_order_and_twice(tmp_path):
     assert torch.equal(tensors["x"], values)
     assert torch.equal(tensors["y"], values[:1, :2])
     assert tensors["ids"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(attach, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            self._file.close()
+            raise OSError(28, "No space left on device")
+
+        def seek(self, position):
+            pass
+
+    reserve = ActivationFile.__init__
+
+    def full(self, *args):
+        reserve(self, *args)
+        self._data = Full(self._data)
+
+    monkeypatch.setattr(ActivationFile, "__init__", full)
+    session = attach(tiny_model("llama"))
+    with pytest.raises(UserError, match=r"cannot write .*a\.safetensors: No space left on device"):
+        session.capture(PROMPTS[0], to=tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
