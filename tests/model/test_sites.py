@@ -150,3 +150,14 @@ def test_looking_for_sites_leaves_the_model_as_it_was():
     assert len(SiteMap(model, find_architecture(model)).blocks) == N_BLOCKS
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_part_that_adds_nothing_is_not_guessed():
+    """Any silent module would fit the equation as well."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    before, silent, after = SiteMap(model, find_architecture(model)).blocks
+    assert set(before.found) == set(after.found) == set(INNER_SITES)
+    assert not silent.found
+    assert "no two of its modules add up" in silent.missing["mlp_out"]
