@@ -40,7 +40,7 @@ from nblens.jupyter.arguments import (
     contrast_pairs,
 )
 from nblens.jupyter.completion import match_magic
-from nblens.lens.html import render_fragment, render_page, render_texts
+from nblens.lens.html import render_fragment, render_texts
 from nblens.specs import Steer
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ def _writer(options: Namespace) -> Callable[[Any], None]:
             elif path.suffix == ".json":
                 result.to_json(path)
             elif path.suffix == ".html":
-                replace_file(path, render_page(result, metric=metric).encode())
+                result.to_html(path, metric=metric)
             else:
                 picture = io.BytesIO()
                 _figure(result, metric).savefig(picture, format=path.suffix[1:])

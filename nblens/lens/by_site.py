@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nblens.files import replace_file
 from nblens.lens.export import as_frame, as_json
+from nblens.lens.shown import Shown
 from nblens.lens.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SiteTrajectories"]
 
 
-class SiteTrajectories(dict[str, Trajectory]):
+class SiteTrajectories(Shown, dict[str, Trajectory]):
     """Trajectories of one sequence by site: a dict, with what one does to all of them at once.
 
     >>> both = session.lens("The capital of France is", sites=["resid_pre", "resid_post"])    # doctest: +SKIP
@@ -38,28 +39,8 @@ class SiteTrajectories(dict[str, Trajectory]):
         frames = {site: as_frame(trajectory, long=long) for site, trajectory in self.items()}
         return pd.concat(frames, names=["site", None]).reset_index("site").reset_index(drop=True)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None, *, metric: str = "prob") -> str:
-        """A grid for each site, on one scale, as one self-contained HTML page; written where `path` is given."""
-        from nblens.lens.html import render_page
-
-        page = render_page(self, metric=metric)
-        if path is not None:
-            replace_file(path, page.encode())
-        return page
-
-    def plot(self, metric: str = "prob") -> Figure:
-        """A grid for each site, on one scale, as a matplotlib figure."""
-        from nblens import plots
-
-        return plots.trajectory_grid(self, metric=metric)
-
     def plot_depth(self, metric: str = "entropy") -> Figure:
         """A metric over depth with a curve for each site; see `Trajectory.plot_depth`."""
         from nblens import plots
 
         return plots.depth_curves(self, metric)
-
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)

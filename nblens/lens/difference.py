@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nblens.errors import UserError
 from nblens.layers import format_layers
+from nblens.lens.shown import Shown
 from nblens.lens.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Comparison", "TrajectoryDiff"]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class TrajectoryDiff:
+class TrajectoryDiff(Shown):
     """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens)."""
 
     base: Trajectory
@@ -75,20 +72,9 @@ class TrajectoryDiff:
             f"top token changed in {self.top1_changed.sum()} of {self.top1_changed.size} cells)"
         )
 
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)
-
-    def plot(self, metric: str = "prob") -> Figure:
-        """The differences as a matplotlib figure with a diverging map."""
-        from nblens import plots
-
-        return plots.trajectory_grid(self, metric=metric)
-
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Comparison:
+class Comparison(Shown):
     """The same prompt without and with steering: two rows of one batch."""
 
     base: Trajectory
@@ -102,16 +88,5 @@ class Comparison:
         """`steered - base`."""
         return self.base.diff(self.steered)
 
-    def plot(self, metric: str = "prob") -> Figure:
-        """Base, steered and their difference as a matplotlib figure."""
-        from nblens import plots
-
-        return plots.trajectory_grid(self, metric=metric)
-
     def __repr__(self) -> str:
         return f"Comparison(base={self.base!r}, steered={self.steered!r})"
-
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)

@@ -15,6 +15,7 @@ from nblens.errors import FileFormatError, UserError
 from nblens.files import read_safetensors, replace_file, write_safetensors
 from nblens.layers import format_layers
 from nblens.lens.export import as_frame, as_json
+from nblens.lens.shown import Shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ _PER_CELL_MANY = ("top_ids", "top_logprobs", "target_logprobs", "target_ranks")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Trajectory:
+class Trajectory(Shown):
     """What every block would have said at every token of one sequence.
 
     >>> traj = session.lens("The capital of France is")        # doctest: +SKIP
@@ -264,21 +265,6 @@ class Trajectory:
 
         return TrajectoryDiff.between(self, other)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None, *, metric: str = "prob") -> str:
-        """The grid as one self-contained HTML page, returned and, where `path` is given, written."""
-        from nblens.lens.html import render_page
-
-        page = render_page(self, metric=metric)
-        if path is not None:
-            replace_file(path, page.encode())
-        return page
-
-    def plot(self, metric: str = "prob") -> Figure:
-        """The grid as a matplotlib figure; `metric` as in `metric()`."""
-        from nblens import plots
-
-        return plots.trajectory_grid(self, metric=metric)
-
     def plot_tokens(
         self, tokens: Sequence[str | int] | None = None, *, position: int = -1, metric: str = "prob"
     ) -> Figure:
@@ -320,11 +306,6 @@ class Trajectory:
             f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.reading}, "
             f"top {self.top_ids.shape[-1]}, {self.model})"
         )
-
-    def _repr_html_(self) -> str:
-        from nblens.lens.html import render_fragment
-
-        return render_fragment(self)
 
 
 def _array_names() -> tuple[str, ...]:

@@ -113,7 +113,6 @@ class Engine:
 
     def _run_group(self, spec: RunSpec, emit: Callable[[Event], None], control: RowControl) -> None:
         batch = self._batch(spec.prompts)
-
         usual = self.chunk(spec)
         first, fewest = spec.chunk or usual, self.feeding.fewest(batch.rows, batch.width)
 
@@ -199,8 +198,12 @@ class Engine:
         places = {"resid_pre": range(n_blocks), "resid_post": (n_blocks - 1,)}
         capacity = batch.rows * batch.width
         buffer = CaptureBuffer(self.architecture, places, capacity, output_device(self.architecture))
-        bank = SteeringBank((), batch.rows, self.architecture.dtype)
-        with Instrumentation(self.hook_points(bank, buffer, places, batch.rows)):
+        points = [
+            _hook_point(self.sites.locate(site, block), batch.rows, capture=buffer.writer(site, block))
+            for site, blocks in places.items()
+            for block in blocks
+        ]
+        with Instrumentation(points):
             self.loop(batch, _Keeping(buffer), batch.width).prefill(new_cache(self.model))
         captured, _ = buffer.drain()
         return torch.cat([captured["resid_pre"], captured["resid_post"]])
