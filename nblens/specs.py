@@ -7,8 +7,10 @@ process and in a worker on another machine.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "EXTRACTION_METHODS",
     "FINISHED",
     "LENS_KINDS",
     "LENS_METRICS",
     "PHASES",
+    "STEER_OPS",
     "WRITE_POSITIONS",
     "ActivationSlice",
     "AttributionSpec",
@@ -31,22 +35,41 @@ __all__ = [
     "ExtractionFinished",
     "ExtractionSpec",
     "FitFinished",
-    "FitProgress",
     "FitSpec",
     "GenerationSpec",
     "LensSpec",
     "LensTensors",
+    "Progress",
     "ReadoutSlice",
     "Request",
     "RunFinished",
     "RunSpec",
+    "ScoredText",
+    "Scores",
+    "ScoringSpec",
+    "Span",
     "Steer",
     "SteeringWrite",
     "TokensSampled",
+    "check_coefficient",
+    "check_write",
+    "write_range",
 ]
 
-WRITE_POSITIONS = ("all", "prompt", "generated", "last")
-"""Where a vector is added: every token, the prompt's, the generated ones, or the prompt's last token."""
+WRITE_POSITIONS = ("all", "prompt", "generated", "label", "last")
+"""Where a vector is written: every token, the prompt's, the generated ones, the one from which an answer's label is
+predicted, or the prompt's last. Beside these names, a range of absolute positions such as "4-9"."""
+
+STEER_OPS = {
+    "add": "h + λv",
+    "ablate": "takes λ times the component along v out of h; 1 removes it",
+    "ablate_add": "sets the component along v to λ‖v‖",
+    "clamp": "keeps the component along v at λ‖v‖ or above where λ > 0, at λ‖v‖ or below where λ < 0",
+    "rotate": "h + λv at the length of h",
+}
+"""What is done with a vector v of coefficient λ to an activation h."""
+
+_RANGE = re.compile(r"(\d+)(-(\d*))?")
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -56,6 +79,12 @@ LENS_METRICS = ("entropy", "kl", "rank")
 
 PHASES = ("prefill", "decode", "readout", "total")
 """What the seconds of a run are counted by."""
+
+EXTRACTION_METHODS = ("mean_diff", "pca_diff", "pca_center", "logistic")
+"""How contrast pairs become a direction."""
+
+Span = tuple[int, int]
+"""Absolute positions from a first up to, not including, a last."""
 
 LENS_KINDS = ("tuned", "jacobian")
 """Lenses that have translators: affine, fitted to the model's output; or the mean Jacobian of the last block."""
@@ -76,10 +105,10 @@ class Steer:
         The strength λ multiplied onto the vector; negative values push the other way.
     layers : int, slice, str or sequence of int, optional
         Blocks to write at. None: the vector's own choice.
-    write : {"all", "prompt", "generated", "last"}
-        Token positions to write at.
-    op : {"add"}
-        What is done with the vector.
+    write : {"all", "prompt", "generated", "label", "last"}, slice, (int, int) or str
+        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends.
+    op : {"add", "ablate", "ablate_add", "clamp", "rotate"}
+        What is done with the vector; see `STEER_OPS`.
 
     Raises
     ------
@@ -95,10 +124,42 @@ class Steer:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coefficient", check_coefficient(self.name, self.coefficient))
-        if self.write not in WRITE_POSITIONS:
-            raise UserError(f"write position {self.write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}")
-        if self.op != "add":
-            raise UserError(f"steering operation {self.op!r} is unknown; one of add")
+        object.__setattr__(self, "write", check_write(self.write))
+        if self.op not in STEER_OPS:
+            raise UserError(f"steering operation {self.op!r} is unknown; one of {', '.join(STEER_OPS)}")
+
+    @property
+    def key(self) -> str:
+        """What tells apart the ways in which one vector can be written."""
+        return f"{self.name}:{self.op}:{self.write}:{self.layers}"
+
+
+def check_write(write: Any) -> str:
+    """Return a write position as a name or as a range in text, or raise `UserError`."""
+    if isinstance(write, tuple) and len(write) == 2:
+        write = slice(*write)
+    if isinstance(write, slice):
+        start, stop = write.start or 0, write.stop
+        if write.step not in (None, 1) or not all(isinstance(at, Integral) for at in (start, stop or 0)):
+            raise UserError(f"write positions {write!r} must be whole numbers without a step")
+        if start < 0 or (stop is not None and stop <= start):
+            raise UserError(f"write positions {start}:{stop} hold no token; they count from 0 at the first")
+        return f"{start}-" if stop is None else f"{start}-{stop - 1}"
+    if isinstance(write, str) and (write in WRITE_POSITIONS or _RANGE.fullmatch(write)):
+        if write not in WRITE_POSITIONS:
+            start, stop = write_range(write)
+            if stop is not None and stop <= start:
+                raise UserError(f"write positions {write!r} hold no token; the first stands before the last")
+        return write
+    raise UserError(f"write position {write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}, or a range such as 4-9")
+
+
+def write_range(write: str) -> tuple[int, int | None]:
+    """First position and end (None: open) of a range in text, both counted from 0."""
+    first, dash, last = _RANGE.fullmatch(write).groups()
+    if dash is None:
+        return int(first), int(first) + 1
+    return int(first), int(last) + 1 if last else None
 
 
 def check_coefficient(name: str, coefficient: float) -> float:
@@ -122,9 +183,10 @@ class SteeringWrite:
     site: str
     directions: Mapping[int, np.ndarray]
     """block → float32 (d_model,)"""
-    coefficients: tuple[float, ...]
-    """one per row of the batch"""
+    coefficients: tuple[float | None, ...]
+    """one per row of the batch; None: not steered"""
     write: str = "all"
+    op: str = "add"
 
 
 @dataclass(frozen=True)
@@ -203,10 +265,46 @@ class ExtractionSpec:
 
     positive: tuple[tuple[int, ...], ...]
     negative: tuple[tuple[int, ...], ...]
+    positive_spans: tuple[Span, ...] = ()
+    """for each text the positions whose mean activation is read; empty: its last token"""
+    negative_spans: tuple[Span, ...] = ()
     site: str = "resid_post"
     method: str = "mean_diff"
-    read: str | int = "last"
-    batch_size: int = 16
+    blocks: tuple[int, ...] = ()
+    """for which directions are computed; empty: all"""
+    n_shuffles: int = 0
+    """how many times the same is computed with the sides of each pair swapped or not, at random"""
+    seed: int = 0
+    """of the swaps"""
+    batch_size: int = 256
+    """most pairs that go through the model at once; fewer where their texts are long"""
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Tokens to feed, and what may follow the prompt among them."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    """how many of `ids` are prompt; the rest is the beginning of an answer"""
+    answers: tuple[tuple[int, ...], ...]
+    """tokens of each answer, one more than `ids` holds: all share what was fed and differ in the last"""
+    label: int | None = None
+    """position of the answers' label"""
+
+
+@dataclass(frozen=True)
+class ScoringSpec:
+    """Texts whose answers are scored under several settings of steering."""
+
+    texts: tuple[ScoredText, ...]
+    n_settings: int
+    steering: tuple[SteeringWrite, ...] = ()
+    """with a coefficient for each setting"""
+    kl: bool = False
+    """compute KL(first setting ‖ setting) of the predicted distributions, too"""
+    batch_tokens: int = 2048
+    """most tokens that go through the model at once"""
 
 
 @dataclass(frozen=True)
@@ -287,16 +385,31 @@ class ExtractionFinished:
     """The last event of an extraction."""
 
     directions: np.ndarray
-    """float32 (n_blocks, d_model)"""
+    """float32 (n_blocks, d_model), of the blocks that were asked for; zeros where it was stopped"""
     separation: np.ndarray
     """float32 (n_blocks,): d′ of held-back pairs"""
+    activation_norms: np.ndarray
+    """float32 (n_blocks,): mean Euclidean norm of the activations that were read, over both sides"""
+    shuffled: np.ndarray
+    """float32 (n_shuffles, n_blocks, d_model): directions of pairs with randomly swapped sides"""
     data_hash: str
     cancelled: bool
 
 
 @dataclass(frozen=True)
-class FitProgress:
-    """One step of a fit is done."""
+class Scores:
+    """The scores of one text."""
+
+    text: int
+    logprobs: np.ndarray
+    """float32 (n_settings, n_answers, n_tokens): of every token of an answer after those before it, nats"""
+    kl: np.ndarray | None = None
+    """float32 (n_settings, n_tokens): KL(first setting ‖ setting) where each token is predicted, nats"""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a fit, or one batch of an extraction, is done."""
 
     step: int
     """how many are done"""
@@ -324,10 +437,12 @@ class FitFinished:
     cancelled: bool
 
 
-Request = RunSpec | ExtractionSpec | FitSpec | LensTensors
+Request = RunSpec | ExtractionSpec | ScoringSpec | FitSpec | LensTensors
 """What a backend can be asked for."""
 
-Event = ReadoutSlice | ActivationSlice | TokensSampled | FitProgress | RunFinished | ExtractionFinished | FitFinished
+Event = (
+    ReadoutSlice | ActivationSlice | TokensSampled | Scores | Progress | RunFinished | ExtractionFinished | FitFinished
+)
 
 FINISHED = (RunFinished, ExtractionFinished, FitFinished)
 """Events that are the last of their request."""

@@ -43,6 +43,8 @@ _BLOCKS_AT = {
     "falcon": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
     "opt": "model.decoder.layers",
+    "mamba": "backbone.layers",
+    "rwkv": "rwkv.blocks",
 }
 
 
@@ -77,20 +79,50 @@ class PlainWrite:
     block: int
     direction: np.ndarray
     coefficient: float | Sequence[float]
-    positions: str = "all"
+    positions: str | range = "all"
     site: str = "resid_post"
+    op: str = "add"
 
-    def delta(self, prompt_length: int, n_tokens: int) -> torch.Tensor:
-        """float32 (n_tokens, d_model)."""
-        position = torch.arange(n_tokens)
-        chosen = {
-            "all": position >= 0,
+    def applied(self, hidden: torch.Tensor, prompt_length: int) -> torch.Tensor:
+        """What one row's activation (n_tokens, d_model) becomes, token by token."""
+        n_tokens = len(hidden)
+        strengths = torch.as_tensor(self.coefficient, dtype=torch.float32).expand(n_tokens)
+        return torch.stack(
+            [
+                self._one(hidden[at], float(strengths[at])) if self._touches(at, prompt_length) else hidden[at]
+                for at in range(n_tokens)
+            ]
+        )
+
+    def _touches(self, position: int, prompt_length: int) -> bool:
+        if isinstance(self.positions, range):
+            return position in self.positions
+        return {
+            "all": True,
             "prompt": position < prompt_length,
             "generated": position >= prompt_length,
             "last": position == prompt_length - 1,
         }[self.positions]
-        strength = torch.as_tensor(self.coefficient, dtype=torch.float32).expand(n_tokens)
-        return (strength * chosen)[:, None] * torch.from_numpy(self.direction)
+
+    def _one(self, h: torch.Tensor, coefficient: float) -> torch.Tensor:
+        """The formulas of `nblens.specs.STEER_OPS` for one token, written out in float64."""
+        dtype, h, v = h.dtype, h.double(), torch.from_numpy(self.direction).double()
+        u = v / v.norm()
+        along = torch.dot(h, u)
+        if self.op == "add":
+            out = h + coefficient * v
+        elif self.op == "ablate":
+            out = h - coefficient * along * u
+        elif self.op == "ablate_add":
+            out = h - along * u + coefficient * v
+        elif self.op == "clamp":
+            bound = coefficient * v.norm()
+            wrong = (coefficient > 0 and along < bound) or (coefficient < 0 and along > bound)
+            out = h - along * u + bound * u if wrong else h
+        else:
+            turned = h + coefficient * v
+            out = turned / turned.norm() * h.norm()
+        return out.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -113,7 +145,7 @@ def plain_pass(
     def changed(site: str, block: int, hidden: torch.Tensor) -> torch.Tensor:
         for write in writes:
             if (write.site, write.block) == (site, block):
-                hidden = hidden + write.delta(prompt_length, len(ids)).to(hidden.dtype)
+                hidden = write.applied(hidden[0], prompt_length)[None]
         seen[site, block] = hidden[0].clone()
         return hidden
 
@@ -234,9 +266,11 @@ def write(
     coefficients: Sequence[float],
     positions: str = "all",
     site: str = "resid_post",
+    op: str = "add",
 ) -> SteeringWrite:
     """One vector written at one block."""
-    return SteeringWrite(name, site, {block: vector}, tuple(map(float, coefficients)), positions)
+    strengths = tuple(None if c is None else float(c) for c in coefficients)
+    return SteeringWrite(name, site, {block: vector}, strengths, positions, op)
 
 
 def assert_same_bits(run: Run, other: Run, rows: Sequence[int] | None = None) -> None:

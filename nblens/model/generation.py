@@ -59,23 +59,51 @@ class Batch:
     """int64 (rows, width): 1 for a token, 0 for padding"""
     lengths: tuple[int, ...]
     """tokens of each row"""
+    prompt_lengths: torch.Tensor
+    """int64 (rows,) on the CPU: how many of them are prompt; the rest stands as if it had been generated"""
+    labels: tuple[int, ...] | None = None
+    """position of each row's label, which may be the one after the last token"""
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Batch:
-        """Pad prompts on the left."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        return cls(ids, mask, tuple(map(len, prompts)))
+    def of(
+        cls,
+        rows: Sequence[Sequence[int]],
+        pad_id: int,
+        device: torch.device,
+        prompt_lengths: Sequence[int] | None = None,
+        labels: Sequence[int] | None = None,
+    ) -> Batch:
+        """Pad rows on the left; without `prompt_lengths` they are prompts from end to end."""
+        lengths = tuple(map(len, rows))
+        width = max(lengths)
+        ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)
+        mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device)
+        prompts = torch.tensor(lengths if prompt_lengths is None else prompt_lengths)
+        return cls(ids, mask, lengths, prompts, None if labels is None else tuple(labels))
+
+    def repeated(self, times: int) -> Batch:
+        """Every row so many times, one after the other."""
+        return Batch(
+            self.input_ids.repeat_interleave(times, 0),
+            self.mask.repeat_interleave(times, 0),
+            tuple(length for length in self.lengths for _ in range(times)),
+            self.prompt_lengths.repeat_interleave(times),
+            None if self.labels is None else tuple(label for label in self.labels for _ in range(times)),
+        )
+
+    @property
+    def first_columns(self) -> torch.Tensor:
+        """Column of each row's first token, int64 (rows,) on the CPU."""
+        return self.width - torch.tensor(self.lengths)
 
     @property
     def rows(self) -> int:
-        """Number of prompts."""
+        """Number of rows."""
         return self.input_ids.shape[0]
 
     @property
     def width(self) -> int:
-        """Length of the longest prompt."""
+        """Length of the longest row."""
         return self.input_ids.shape[1]
 
 
@@ -118,16 +146,19 @@ class SteppingLoop:
         self._width, self._feeding = max(1, width), feeding or Feeding()
         self._takes = {name for name in ("position_ids", "logits_to_keep") if takes(model, name)}
         self._cache_name = cache_name(model)
-        self._first = batch.width - torch.tensor(batch.lengths)  # (rows,) column of each row's first token
+        self._first = batch.first_columns
         self._mask = batch.mask
         self.started = False
         """whether `generate` has called back: an error after that is not about its options"""
 
     @torch.no_grad()
-    def prefill(self, cache: Cache | None) -> bool:
-        """Feed the prompts without sampling; False when the observer stopped the run."""
+    def prefill(self, cache: Cache | None, part: range | None = None) -> bool:
+        """Feed the prompts, or a part of their columns, without sampling; False when the observer stopped the run.
+
+        The cache holds the columns before the part, and afterwards those of the part.
+        """
         self._cache = cache
-        for columns in self._chunks():
+        for columns in self._chunks(part):
             if self._feed("prompt", columns, keep_logits=False) is None:
                 return False
             self._observer.after(self._step("prompt", columns, self._following(columns)), None)
@@ -181,9 +212,9 @@ class SteppingLoop:
             phase, columns = "generated", range(input_ids.shape[1] - 1, input_ids.shape[1])
         return input_ids
 
-    def _chunks(self) -> list[range]:
-        width = self._batch.width
-        return [range(start, min(start + self._width, width)) for start in range(0, width, self._width)]
+    def _chunks(self, part: range | None = None) -> list[range]:
+        columns = part or range(self._batch.width)
+        return [columns[start : start + self._width] for start in range(0, len(columns), self._width)]
 
     def _feed(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-__all__ = ["HookPoint", "Instrumentation", "hidden_of"]
+__all__ = ["Capture", "Edit", "HookPoint", "Instrumentation", "hidden_of"]
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 Capture = Callable[[torch.Tensor], None]

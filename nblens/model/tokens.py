@@ -11,7 +11,7 @@ from nblens.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenTexts", "as_prompts", "encode", "single_token"]
+__all__ = ["TokenTexts", "as_prompts", "chat_text", "check_ids", "encode", "single_token"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -75,11 +75,17 @@ def encode(
     if isinstance(prompt, list):
         ids = prompt
     elif chat:
-        ids = _encode_chat(tokenizer, prompt)
+        ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     elif not prompt:
         raise UserError("the prompt is empty")
     else:
         ids = tokenizer(prompt)["input_ids"]
+    check_ids(ids, vocab_size, room)
+    return tuple(ids)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, room: int | None) -> None:
+    """Raise `UserError` unless there are tokens, all below `vocab_size`, and no more than `room`."""
     if not ids:
         raise UserError("the prompt is empty")
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
@@ -88,17 +94,23 @@ def encode(
         raise UserError(
             f"the prompt has {len(ids)} tokens, {room} fit the model's context beside what is to be generated"
         )
-    return tuple(ids)
 
 
-def _encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A user's turn in the model's chat template, up to where the model's own turn begins.
+
+    Raises
+    ------
+    UserError
+        There is no chat template, or it failed.
+    """
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template; leave chat out")
     from jinja2 import TemplateError
 
     message = [{"role": "user", "content": prompt}]
     try:
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise UserError(f"the chat template failed: {error}") from error
 

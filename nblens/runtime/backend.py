@@ -10,8 +10,8 @@ from nblens.specs import Event, Request
 
 __all__ = ["Backend", "Coefficients", "Control", "EventStream"]
 
-Coefficients = Mapping[str, float | Sequence[float]]
-"""vector → coefficient, for all rows or one per row"""
+Coefficients = Mapping[str, float | Sequence[float | None] | None]
+"""vector → coefficient, for all rows or one per row; None: not steered"""
 
 
 class EventStream(Protocol):
@@ -57,7 +57,7 @@ class Control:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._coefficients: dict[str, float | Sequence[float]] = {}
+        self._coefficients: dict[str, float | Sequence[float | None] | None] = {}
         self._cancelled = threading.Event()
 
     def steer(self, coefficients: Coefficients) -> None:
@@ -65,7 +65,7 @@ class Control:
         with self._lock:
             self._coefficients.update(coefficients)
 
-    def take_coefficients(self) -> dict[str, float | Sequence[float]]:
+    def take_coefficients(self) -> dict[str, float | Sequence[float | None] | None]:
         """Empty the mailbox."""
         with self._lock:
             taken, self._coefficients = self._coefficients, {}

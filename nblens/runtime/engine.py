@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,41 +15,33 @@ from nblens.lens.translators import LOGIT, Lens
 from nblens.model.architecture import find_architecture, input_device, output_device
 from nblens.model.capture import CaptureBuffer
 from nblens.model.generation import Batch, Observer, Step, SteppingLoop, new_cache
-from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.hooks import Capture, HookPoint, Instrumentation
 from nblens.model.probing import find_feeding
 from nblens.model.readout import Readout
 from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
+from nblens.runtime.extracting import Extraction
 from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
 from nblens.runtime.row_groups import RowControl, RowGroups
 from nblens.runtime.run import Run
+from nblens.runtime.scoring import Scoring
 from nblens.specs import (
     Event,
-    ExtractionFinished,
     ExtractionSpec,
     FitSpec,
     LensTensors,
     Request,
     RunFinished,
     RunSpec,
+    ScoringSpec,
 )
 from nblens.steering.bank import SteeringBank
-from nblens.steering.extraction import (
-    MeanDifference,
-    PositionReader,
-    Separation,
-    data_hash,
-    held_back,
-    read_weights,
-)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Engine"]
-
-_EXTRACTION_CHUNK = 1024  # tokens per step where one position of each text is kept
 
 
 class Engine:
@@ -89,7 +81,10 @@ class Engine:
             Not even one token at a time fits, or memory ran out while decoding.
         """
         if isinstance(spec, ExtractionSpec):
-            self._extract(spec, emit, control)
+            Extraction(self, spec, emit, control).execute()
+            return
+        if isinstance(spec, ScoringSpec):
+            Scoring(self, spec, emit, control).execute()
             return
         if isinstance(spec, FitSpec):
             self._fit(spec, emit, control)
@@ -112,7 +107,7 @@ class Engine:
         groups.finish()
 
     def _run_group(self, spec: RunSpec, emit: Callable[[Event], None], control: RowControl) -> None:
-        batch = self._batch(spec.prompts)
+        batch = self.batch(spec.prompts)
         usual = self.chunk(spec)
         first, fewest = spec.chunk or usual, self.feeding.fewest(batch.rows, batch.width)
 
@@ -136,31 +131,6 @@ class Engine:
         architecture = self.architecture
         per_token = len(sites) * architecture.n_blocks * architecture.d_model * architecture.dtype.itemsize
         return chunk_that_fits(per_token, output_device(architecture))
-
-    def _extract(self, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
-        """Compute a direction per block in one pass over the texts."""
-        n_pairs, d_model, n_blocks = len(spec.positive), self.architecture.d_model, self.architecture.n_blocks
-        everything, training = MeanDifference(n_blocks, d_model), MeanDifference(n_blocks, d_model)
-        judges = set(held_back(n_pairs))
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for start in range(0, n_pairs, spec.batch_size):
-            pairs = range(start, min(start + spec.batch_size, n_pairs))
-            texts = [spec.positive[i] for i in pairs] + [spec.negative[i] for i in pairs]
-            positive, negative = self._read_states(texts, spec, control).chunk(2, dim=1)
-            everything.add(positive, negative)
-            held = [i - start for i in pairs if i in judges]
-            rest = [i - start for i in pairs if i not in judges or len(judges) == n_pairs]
-            training.add(positive[:, rest], negative[:, rest])
-            kept.append((positive[:, held], negative[:, held]))
-        separation = Separation(*(torch.cat(side, 1) for side in zip(*kept, strict=True)))
-        emit(
-            ExtractionFinished(
-                directions=everything.directions(),
-                separation=separation.of(training.directions()),
-                data_hash=data_hash(spec),
-                cancelled=control.cancelled,
-            )
-        )
 
     def _keep_lens(self, tensors: LensTensors) -> None:
         """Hold translators ready beside the readout, or let them go."""
@@ -194,12 +164,12 @@ class Engine:
         return torch.cat(parts, 1)
 
     def _group_residuals(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-        batch, n_blocks = self._batch(texts), self.architecture.n_blocks
+        batch, n_blocks = self.batch(texts), self.architecture.n_blocks
         places = {"resid_pre": range(n_blocks), "resid_post": (n_blocks - 1,)}
         capacity = batch.rows * batch.width
         buffer = CaptureBuffer(self.architecture, places, capacity, output_device(self.architecture))
         points = [
-            _hook_point(self.sites.locate(site, block), batch.rows, capture=buffer.writer(site, block))
+            self.capture_point(site, block, batch.rows, buffer.writer(site, block))
             for site, blocks in places.items()
             for block in blocks
         ]
@@ -208,33 +178,9 @@ class Engine:
         captured, _ = buffer.drain()
         return torch.cat([captured["resid_pre"], captured["resid_post"]])
 
-    def _read_states(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
-        """Activations at the read position, float32 (n_blocks, n_texts, d_model)."""
-        shape = (self.architecture.n_blocks, len(texts), self.architecture.d_model)
-        states = torch.zeros(shape, dtype=torch.float32)
-        for rows in self.feeding.groups(texts):
-            states[:, list(rows)] = self._read_group([texts[row] for row in rows], spec, control)
-        return states
-
-    def _read_group(self, texts: Sequence[tuple[int, ...]], spec: ExtractionSpec, control: Control) -> torch.Tensor:
-        batch = self._batch(texts)
-        weights = read_weights(batch, spec.read)
-
-        def attempt(chunk: int) -> torch.Tensor:
-            reader = PositionReader(self.architecture.n_blocks, weights, self.architecture.d_model)
-            points = [
-                _hook_point(self.sites.locate(spec.site, block), batch.rows, capture=reader.writer(block))
-                for block in range(self.architecture.n_blocks)
-            ]
-            with Instrumentation(points):
-                observer = _Reading(reader, control)
-                self.loop(batch, observer, chunk // batch.rows).prefill(new_cache(self.model))
-            return reader.states
-
-        return with_smaller_chunks(attempt, _EXTRACTION_CHUNK, self.feeding.fewest(batch.rows, batch.width), batch)
-
-    def _batch(self, prompts: Sequence[Sequence[int]]) -> Batch:
-        return Batch.of(prompts, self._pad_id, input_device(self.model))
+    def batch(self, rows: Sequence[Sequence[int]], **more: Any) -> Batch:
+        """Rows of tokens, padded, where the model takes them; `more` as in `Batch.of`."""
+        return Batch.of(rows, self._pad_id, input_device(self.model), **more)
 
     def loop(self, batch: Batch, observer: Observer, width: int) -> SteppingLoop:
         """The loop over one batch, in steps of `width` columns."""
@@ -251,17 +197,25 @@ class Engine:
             readers.append(LensReader(self.architecture, self.readout, spec.lens, lens, tuple(map(len, spec.prompts))))
         return readers
 
+    def capture_point(self, site: str, block: int, rows: int, capture: Capture) -> HookPoint:
+        """The hook that hands a block's activation at a site to `capture`."""
+        return _hook_point(self.sites.locate(site, block), rows, capture=capture)
+
     def hook_points(
-        self, bank: SteeringBank, buffer: CaptureBuffer | None, places: dict[str, Sequence[int]], rows: int
+        self,
+        bank: SteeringBank,
+        writer: Callable[[str, int], Callable[[torch.Tensor], None]] | None,
+        places: dict[str, Sequence[int]],
+        rows: int,
     ) -> list[HookPoint]:
-        """Hooks of every site and block: steering first, then capture."""
+        """Hooks of every site and block: steering first, then what `writer` gives for those to be captured."""
         wanted = {(site, block) for site, blocks in places.items() for block in blocks}
         points = []
         for site, block in sorted({*wanted, *bank.places}):
             place = self.sites.locate(site, block)
             written = place.written_at or place
             edit = bank.editor(site, block, written.scale) if (site, block) in bank.places else None
-            capture = buffer.writer(site, block) if (site, block) in wanted else None
+            capture = writer(site, block) if (site, block) in wanted else None
             if written is place:
                 points.append(_hook_point(place, rows, edit=edit, capture=capture))
             else:
@@ -272,20 +226,6 @@ class Engine:
 
 def _hook_point(place: SiteLocation, rows: int, **what: Callable) -> HookPoint:
     return HookPoint(place.module, place.end, scale=place.scale, rows=rows if place.flat else None, **what)
-
-
-class _Reading:
-    """Observer of an extraction: tells the reader which columns come."""
-
-    def __init__(self, reader: PositionReader, control: Control) -> None:
-        self._reader, self._control = reader, control
-
-    def before(self, phase: str, columns: range, batch: Batch) -> bool:
-        self._reader.begin(columns)
-        return not self._control.cancelled
-
-    def after(self, step: Step, sampled: object) -> None:
-        pass
 
 
 class _Keeping:

@@ -57,7 +57,8 @@ class Run:
         began = time.perf_counter()
         engine, spec = self._engine, self._spec
         self._buffer = self._new_buffer() if self._places else None
-        with Instrumentation(engine.hook_points(self._bank, self._buffer, self._places, self._batch.rows)):
+        writer = self._buffer.writer if self._buffer else None
+        with Instrumentation(engine.hook_points(self._bank, writer, self._places, self._batch.rows)):
             loop = engine.loop(self._batch, self, self._width)
             if spec.generation is None:
                 loop.prefill(new_cache(engine.model))
@@ -73,7 +74,7 @@ class Run:
             return False
         if coefficients := self._control.take_coefficients():
             self._bank.set(coefficients)
-        self._bank.begin(phase, columns, batch)
+        self._bank.begin(columns, batch)
         self.decoding = phase == "generated"
         self._step_began = time.perf_counter()
         return True

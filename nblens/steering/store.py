@@ -11,7 +11,7 @@ from nblens.model.sites import check_site
 from nblens.specs import Steer, SteeringWrite, check_coefficient
 from nblens.steering.vectors import SteeringVector
 
-__all__ = ["LiveSteering", "Steering", "VectorStore", "check_name"]
+__all__ = ["LiveSteering", "Steering", "VectorStore", "check_name", "check_op"]
 
 Steering = Mapping[str, float] | Iterable[Steer] | None
 """None: the live setting; a dict of name → coefficient; or `Steer` values."""
@@ -58,7 +58,7 @@ class VectorStore(MutableMapping[str, SteeringVector]):
     def steers(self, steer: Mapping[str, float] | Iterable[Steer]) -> list[Steer]:
         """Read a setting: unknown names and coefficients that are not finite are refused."""
         if isinstance(steer, Mapping):
-            return [self._steer(name, coefficient) for name, coefficient in steer.items()]
+            return [self.usual(name, coefficient) for name, coefficient in steer.items()]
         steers = list(steer)
         for item in steers:
             if not isinstance(item, Steer):
@@ -66,9 +66,17 @@ class VectorStore(MutableMapping[str, SteeringVector]):
             self[item.name]
         return steers
 
-    def write(self, steer: Steer, coefficients: tuple[float, ...]) -> SteeringWrite:
-        """Resolve a `Steer` to directions by block, with a coefficient for each row."""
+    def write(self, steer: Steer, coefficients: tuple[float | None, ...], *, has_labels: bool = False) -> SteeringWrite:
+        """Resolve a `Steer` to directions by block, with a coefficient for each row (None: not steered).
+
+        Only answers that are scored have labels to write at.
+        """
         vector = self[steer.name]
+        if steer.write == "label" and not has_labels:
+            raise UserError(
+                f"{steer.name!r} is written at 'label', the token from which an answer's label is predicted: only "
+                "scored answers have one; give write='last' for the prompt's last token"
+            )
         blocks = vector.layers if steer.layers is None else parse_layers(steer.layers, self._n_blocks)
         if missing := [block for block in blocks if block not in vector.directions]:
             raise UserError(
@@ -76,10 +84,12 @@ class VectorStore(MutableMapping[str, SteeringVector]):
                 f"it has {format_layers(sorted(vector.directions))}"
             )
         directions = {block: vector.directions[block] for block in blocks}
-        return SteeringWrite(steer.name, vector.site, directions, coefficients, steer.write)
+        check_op(steer.name, vector.site, steer.op)
+        return SteeringWrite(steer.name, vector.site, directions, coefficients, steer.write, steer.op)
 
-    def _steer(self, name: str, coefficient: float) -> Steer:
-        return Steer(name, check_coefficient(name, coefficient), write=self[name].write)
+    def usual(self, name: str, coefficient: float = 1.0) -> Steer:
+        """The vector as it is written where nothing else is asked for."""
+        return Steer(name, check_coefficient(name, coefficient), write=self[name].write, op=self[name].op)
 
 
 class LiveSteering:
@@ -88,17 +98,18 @@ class LiveSteering:
     >>> session.steer({"cheerful": 1.5})       # doctest: +SKIP
     >>> session.steer.off()                    # doctest: +SKIP
 
-    A change takes effect at the next token of a run in progress.
+    A new coefficient takes effect at the next token of a run in progress. What is written in another way (layers,
+    positions, operation) is so from the next run on, and off in the present one.
 
     Parameters
     ----------
     vectors : VectorStore
         Where names are looked up.
     send : callable
-        Takes {name: coefficient} to the run in progress.
+        Takes {`Steer.key`: coefficient, or None for off} to the run in progress.
     """
 
-    def __init__(self, vectors: VectorStore, send: Callable[[Mapping[str, float]], None]) -> None:
+    def __init__(self, vectors: VectorStore, send: Callable[[Mapping[str, float | None]], None]) -> None:
         self._vectors, self._send = vectors, send
         self._setting: dict[str, Steer] = {}
 
@@ -110,8 +121,9 @@ class LiveSteering:
             raise UserError(f"the live setting holds one strength per vector, got {twice[0]!r} twice")
         for item in steers:
             self._vectors.write(item, (item.coefficient,))
+        before = [self._setting[name] for name in names if name in self._setting]
         self._setting |= {item.name: item for item in steers}
-        self._send({item.name: item.coefficient for item in steers})
+        self._send({item.key: None for item in before} | {item.key: item.coefficient for item in steers})
 
     @property
     def setting(self) -> dict[str, Steer]:
@@ -120,11 +132,20 @@ class LiveSteering:
 
     def off(self) -> None:
         """Stop steering; the vectors stay."""
-        self._send(dict.fromkeys(self._setting, 0.0))
+        self._send({item.key: None for item in self._setting.values()})
         self._setting.clear()
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.setting.values())) or "no steering"
+
+
+def check_op(name: str, site: str, op: str) -> None:
+    """Raise `UserError` where a site cannot be written in this way."""
+    if op != "add" and site == "resid_mid":
+        raise UserError(
+            f"{name!r} cannot {op} at resid_mid: a vector there is added to what attention returns; "
+            "use resid_pre or resid_post"
+        )
 
 
 def check_name(name: str) -> None:

@@ -18,9 +18,9 @@ def bank_of(*writes, rows=3, dtype=torch.float32):
     return SteeringBank([SteeringWrite(*w) for w in writes], rows, dtype)
 
 
-def added(bank, site="resid_post", block=0, *, phase="prompt", columns=range(5)):
+def added(bank, site="resid_post", block=0, *, columns=range(5)):
     """What the bank adds to a step, (rows, width, d_model)."""
-    bank.begin(phase, columns, BATCH)
+    bank.begin(columns, BATCH)
     return bank.editor(site, block)(torch.zeros(3, len(columns), D))
 
 
@@ -35,25 +35,25 @@ def test_every_row_gets_its_own_coefficient_at_every_column():
 
 
 @pytest.mark.parametrize(
-    ("positions", "phase", "columns", "touched"),
+    ("positions", "columns", "touched"),
     [
-        ("all", "prompt", range(0, 5), [0, 1, 2, 3, 4]),
-        ("all", "generated", range(5, 6), [0]),
-        ("prompt", "prompt", range(2, 4), [0, 1]),
-        ("prompt", "generated", range(5, 6), []),
-        ("generated", "prompt", range(0, 5), []),
-        ("generated", "generated", range(8, 9), [0]),
-        ("last", "prompt", range(0, 5), [4]),
-        ("last", "prompt", range(0, 2), []),
-        ("last", "prompt", range(2, 4), []),
-        ("last", "prompt", range(3, 5), [1]),
-        ("last", "prompt", range(4, 5), [0]),
-        ("last", "generated", range(5, 6), []),
+        ("all", range(0, 5), [0, 1, 2, 3, 4]),
+        ("all", range(5, 6), [0]),
+        ("prompt", range(2, 4), [0, 1]),
+        ("prompt", range(5, 6), []),
+        ("generated", range(0, 5), []),
+        ("generated", range(8, 9), [0]),
+        ("last", range(0, 5), [4]),
+        ("last", range(0, 2), []),
+        ("last", range(2, 4), []),
+        ("last", range(3, 5), [1]),
+        ("last", range(4, 5), [0]),
+        ("last", range(5, 6), []),
     ],
 )
-def test_a_write_position_means_columns_of_the_whole_run_not_of_the_step(positions, phase, columns, touched):
+def test_a_write_position_means_columns_of_the_whole_run_not_of_the_step(positions, columns, touched):
     bank = bank_of(("v", "resid_post", {0: V}, (1.0, 1.0, 1.0), positions))
-    changed = added(bank, phase=phase, columns=columns).ne(0).any(-1)
+    changed = added(bank, columns=columns).ne(0).any(-1)
     assert [column for column in range(len(columns)) if changed[:, column].all()] == touched
     assert changed.sum() == 3 * len(touched)
 
@@ -81,7 +81,7 @@ def test_places_are_the_written_sites_and_blocks_only():
 
 def test_a_new_coefficient_reaches_the_editor_that_is_already_hooked():
     bank = bank_of(("v", "resid_post", {0: V}, (1.0, 1.0, 1.0)), ("w", "resid_post", {0: W}, (1.0, 1.0, 1.0)))
-    bank.begin("prompt", range(5), BATCH)
+    bank.begin(range(5), BATCH)
     edit = bank.editor("resid_post", 0)
     edit(torch.zeros(3, 5, D))
     bank.set({"v": (0.0, 2.0, 4.0), "w": 0.0})
@@ -119,7 +119,7 @@ def test_as_many_coefficients_as_rows_are_needed():
 def test_the_models_own_tensor_is_not_written_into(positions):
     """A residual may be held elsewhere too: by the model, or by a user's own hook."""
     bank = bank_of(("v", "resid_post", {0: V}, (1.0, 1.0, 1.0), positions))
-    bank.begin("prompt", range(5), BATCH)
+    bank.begin(range(5), BATCH)
     hidden = torch.ones(3, 5, D)
     assert not torch.equal(bank.editor("resid_post", 0)(hidden), hidden)
     assert torch.equal(hidden, torch.ones(3, 5, D))
@@ -127,7 +127,7 @@ def test_the_models_own_tensor_is_not_written_into(positions):
 
 def test_what_is_added_has_the_models_dtype():
     bank = bank_of(("v", "resid_post", {0: V}, (0.3, 0.3, 0.3)), dtype=torch.bfloat16)
-    bank.begin("prompt", range(5), BATCH)
+    bank.begin(range(5), BATCH)
     out = bank.editor("resid_post", 0)(torch.zeros(3, 5, D, dtype=torch.bfloat16))
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, expected((0.3, 0.3, 0.3)).bfloat16())

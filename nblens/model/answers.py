@@ -1,0 +1,99 @@
+"""A prompt and its possible answers as token ids; where they part is found in the text, not by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nblens.errors import UserError
+from nblens.model.tokens import chat_text, check_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["AnsweredPrompt", "encode_answers", "n_shared"]
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """One prompt followed by each of its answers."""
+
+    ids: tuple[Ids, ...]
+    """prompt and answer, for each answer"""
+    prompt_length: int
+    """how many tokens hold the prompt alone, the same in all"""
+    labels: Ids
+    """position of each answer's label: the token that holds the first character in which the answers differ"""
+
+    @property
+    def prompt(self) -> Ids:
+        """The tokens before any answer."""
+        return self.ids[0][: self.prompt_length]
+
+    @property
+    def answers(self) -> tuple[Ids, ...]:
+        """What follows them: a character of the prompt that shares a token with the answer belongs to the answer."""
+        return tuple(ids[self.prompt_length :] for ids in self.ids)
+
+
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    answers: Sequence[str],
+    *,
+    chat: bool,
+    vocab_size: int,
+    room: int | None,
+) -> AnsweredPrompt:
+    """Tokenize a prompt with each of its answers.
+
+    Text is tokenized as a whole, prompt and answer together, as the model would meet it. Where the answer begins and
+    where its label stands is read from the tokens' offsets in the text.
+
+    Parameters
+    ----------
+    prompt : str
+        May be empty: then the answers are whole texts.
+    answers : sequence of str
+        Two or more, none the beginning of another.
+    chat, vocab_size, room
+        As in `nblens.model.tokens.encode`.
+
+    Raises
+    ------
+    UserError
+        An answer is empty or the beginning of another, or the tokenizer knows no offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("where an answer begins is read from token offsets, and this model's slow tokenizer has none")
+    if missing := [answer for answer in answers if not isinstance(answer, str) or not answer]:
+        raise UserError(f"an answer must be text, got {missing[0]!r}")
+    differ = n_shared(answers)
+    if short := [answer for answer in answers if len(answer) <= differ]:
+        raise UserError(f"answer {short[0]!r} is the beginning of the other, or the same; where they part is unknown")
+    opening = chat_text(tokenizer, prompt) if chat else prompt
+    encoded = [tokenizer(opening + a, add_special_tokens=not chat, return_offsets_mapping=True) for a in answers]
+    ids = tuple(tuple(e["input_ids"]) for e in encoded)
+    for one in ids:
+        check_ids(one, vocab_size, room)
+    begins = [_first_reaching(e["offset_mapping"], len(opening)) for e in encoded]
+    shared = n_shared(ids)
+    labels = tuple(_first_reaching(e["offset_mapping"], len(opening) + differ) for e in encoded)
+    for answer, one, label in zip(answers, ids, labels, strict=True):
+        if label is None or label < shared:
+            raise UserError(f"no token of its own tells answer {answer!r} from the others ({len(one)} tokens)")
+    return AnsweredPrompt(ids, min(shared, *(begin for begin in begins if begin is not None)), labels)
+
+
+def n_shared(sequences: Sequence[Sequence[object]]) -> int:
+    """How many items sequences have in common at their beginning."""
+    unlike = (place for place, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1)
+    return next(unlike, min(map(len, sequences)))
+
+
+def _first_reaching(offsets: Sequence[tuple[int, int]], character: int) -> int | None:
+    """The first token whose text reaches beyond a place between two characters; special tokens have none."""
+    return next((index for index, (_, stop) in enumerate(offsets) if stop > character), None)

@@ -1,0 +1,69 @@
+"""What a steering vector can do to an activation: add, project out, clamp, turn.
+
+With h an activation, v the vector, u = v / ‖v‖ and λ the coefficient, each row of a batch has its own λ. The
+component of h along v is h·u. Products are computed in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["OPERATIONS", "REST", "Direction"]
+
+
+class Direction:
+    """A vector as the operations need it.
+
+    Parameters
+    ----------
+    vector : torch.Tensor
+        float32 (d_model,); of a zero vector the direction is zero, and no operation changes anything.
+    """
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self.vector = vector
+        self.norm = vector.norm()
+        self.unit = vector / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def to(self, device: torch.device) -> Direction:
+        """The same on another device."""
+        return Direction(self.vector.to(device))
+
+    def component(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Length of `hidden` along it, (rows, width, 1)."""
+        return (hidden @ self.unit)[..., None]
+
+
+def _ablate(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
+    return hidden - coefficient * direction.component(hidden) * direction.unit
+
+
+def _ablate_add(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
+    return hidden + (coefficient * direction.norm - direction.component(hidden)) * direction.unit
+
+
+def _clamp(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
+    component, bound = direction.component(hidden), coefficient * direction.norm
+    kept = torch.where(coefficient > 0, component.maximum(bound), component.minimum(bound))
+    return hidden + (kept - component) * direction.unit
+
+
+def _rotate(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
+    turned = hidden + coefficient * direction.vector
+    length = turned.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return turned * (hidden.norm(dim=-1, keepdim=True) / length)
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor, Direction, torch.Tensor], torch.Tensor]] = {
+    "ablate": _ablate,
+    "ablate_add": _ablate_add,
+    "clamp": _clamp,
+    "rotate": _rotate,
+}
+"""By the names of `nblens.specs.STEER_OPS`, all but `add`: float32 (rows, width, d_model), a direction, and the
+coefficients (rows, 1, 1), to what the model shall go on with."""
+
+REST = {"add": 0.0, "ablate": 0.0, "ablate_add": None, "clamp": 0.0, "rotate": 0.0}
+"""The coefficient that leaves an activation as it is, to the bit; None where every number changes it."""

@@ -1,0 +1,233 @@
+"""Operations on activations: held against plain hooks in every family, in one batch with others, and off to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from steered_runs import (
+    PAD,
+    SITES,
+    STEERED_FAMILIES,
+    PlainWrite,
+    assert_equals_plain,
+    assert_same_bits,
+    direction,
+    endless_model,
+    engine_of,
+    plain_pass,
+    run_engine,
+    write,
+)
+from tiny_models import prompt_ids
+
+from nblens import Steer, UserError
+from nblens.model.generation import Batch
+from nblens.runtime.engine import Engine
+from nblens.specs import STEER_OPS, SteeringWrite, TokensSampled
+from nblens.steering.bank import SteeringBank
+from nblens.steering.operations import OPERATIONS, REST
+
+PROMPTS = [prompt_ids(5, 1), prompt_ids(9, 2), prompt_ids(3, 3)]
+V, W = direction(0), direction(1)
+BLOCK = 1
+COEFFICIENTS = (0.8, -1.5, 2.0)
+OPS = [op for op in STEER_OPS if op != "add"]
+families = pytest.mark.parametrize("family", STEERED_FAMILIES)
+operations = pytest.mark.parametrize("op", OPS)
+
+
+def assert_run_is_plain(family, run, writes, prompts=PROMPTS):
+    """`writes(row)` gives what the reference does to a row."""
+    for row, prompt in enumerate(prompts):
+        ids = [*prompt, *run.sampled[row]][: len(prompt) + max(0, len(run.sampled[row]) - 1)]
+        plain = plain_pass(engine_of(family).model, family, ids, len(prompt), writes(row))
+        assert_equals_plain(run, row, plain)
+
+
+def test_there_is_an_operation_for_every_name():
+    assert set(OPERATIONS) | {"add"} == set(STEER_OPS) == set(REST)
+
+
+@families
+@operations
+def test_an_operation_equals_the_formula_at_every_token_with_padding_chunks_and_a_cache(family, op):
+    run = run_engine(engine_of(family), PROMPTS, write("v", BLOCK, V, COEFFICIENTS, op=op), new_tokens=4, chunk=6)
+    assert_run_is_plain(family, run, lambda row: [PlainWrite(BLOCK, V, COEFFICIENTS[row], op=op)])
+
+
+@operations
+@pytest.mark.parametrize("positions", ["prompt", "generated", "last"])
+@pytest.mark.parametrize("site", SITES)
+def test_an_operation_is_done_at_its_positions_and_site_alone(op, positions, site):
+    run = run_engine(
+        engine_of("llama"), PROMPTS, write("v", BLOCK, V, COEFFICIENTS, positions, site, op), new_tokens=4, chunk=6
+    )
+    assert_run_is_plain("llama", run, lambda row: [PlainWrite(BLOCK, V, COEFFICIENTS[row], positions, site, op=op)])
+
+
+@operations
+def test_a_row_that_is_off_is_as_it_was_to_the_bit(op):
+    bare = run_engine(engine_of("llama"), PROMPTS, new_tokens=3)
+    off = [None, REST[op]][REST[op] is not None]
+    run = run_engine(engine_of("llama"), PROMPTS, write("v", BLOCK, V, (None, 1.0, off), op=op), new_tokens=3)
+    assert_same_bits(run, bare, rows=[0, 2])
+    assert (run.activations(1) - bare.activations(1))[BLOCK].abs().max() > 1e-3
+
+
+def test_what_is_removed_is_gone_and_a_clamp_only_moves_what_lies_beyond():
+    u = torch.from_numpy(V / np.linalg.norm(V))
+    runs = {
+        op: run_engine(engine_of("llama"), PROMPTS, write("v", BLOCK, V, coefficients, op=op))
+        for op, coefficients in {
+            "ablate": (1, 1, 1),
+            "ablate_add": (0.5, 0, -2),
+            "clamp": (0.1, -0.1, 0.1),
+            "rotate": (3, -3, 1),
+        }.items()
+    }
+    bare = run_engine(engine_of("llama"), PROMPTS)
+    length = np.linalg.norm(V)
+    for row in range(3):
+        before = bare.activations(row)[BLOCK]
+        along = {op: run.activations(row)[BLOCK] @ u for op, run in runs.items()}
+        assert along["ablate"].abs().max() < 1e-5
+        torch.testing.assert_close(
+            along["ablate_add"], torch.full_like(along["ablate_add"], (0.5, 0, -2)[row] * length)
+        )
+        bound = (0.1, -0.1, 0.1)[row] * length
+        beyond = (before @ u > bound) if bound > 0 else (before @ u < bound)
+        torch.testing.assert_close(
+            along["clamp"],
+            torch.where(beyond, before @ u, torch.tensor(bound, dtype=torch.float32)),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        torch.testing.assert_close(runs["rotate"].activations(row)[BLOCK].norm(dim=-1), before.norm(dim=-1))
+    everything = torch.cat([bare.activations(row)[BLOCK] @ u for row in range(3)])
+    assert (everything > 0.1 * length).any() or (everything < 0.1 * length).any()
+
+
+def test_operations_at_one_place_come_in_the_order_given():
+    """Adding and then removing leaves nothing along v; removing and then adding leaves λ‖v‖."""
+    u = torch.from_numpy(V / np.linalg.norm(V))
+    add, ablate = write("a", BLOCK, V, (1, 1, 1)), write("b", BLOCK, V, (1, 1, 1), op="ablate")
+    along = [
+        run_engine(engine_of("llama"), PROMPTS, *order).activations(0)[BLOCK] @ u
+        for order in ((add, ablate), (ablate, add))
+    ]
+    assert along[0].abs().max() < 1e-5
+    torch.testing.assert_close(along[1], torch.full_like(along[1], float(np.linalg.norm(V))))
+
+
+def test_many_kinds_of_writes_at_once_equal_the_reference():
+    places = [
+        (V, (0.5, 0.2, -1.0), "all", "add"),
+        (W, (1.0, 0.3, 1.0), "all", "ablate"),
+        (V, (1.0, -1.0, 0.5), "all", "add"),
+        (V, (2.0, -2.0, 1.0), "generated", "clamp"),
+        (W, (-1.0, 1.0, 3.0), "prompt", "rotate"),
+        (W, (0.4, 0.4, 0.4), range(2, 6), "add"),
+    ]
+    texts = {range(2, 6): "2-5"}
+    steering = [
+        write(f"{number}", BLOCK, vector, c, texts.get(positions, positions), op=op)
+        for number, (vector, c, positions, op) in enumerate(places)
+    ]
+    run = run_engine(engine_of("llama"), PROMPTS, *steering, new_tokens=4, chunk=6)
+    assert_run_is_plain(
+        "llama", run, lambda row: [PlainWrite(BLOCK, v, c[row], positions, op=op) for v, c, positions, op in places]
+    )
+
+
+@families
+@pytest.mark.parametrize(("text", "positions"), [("2-5", range(2, 6)), ("4-", range(4, 99)), ("7", range(7, 8))])
+def test_a_range_means_absolute_positions_in_every_row_through_padding_chunks_and_generation(family, text, positions):
+    run = run_engine(engine_of(family), PROMPTS, write("v", BLOCK, V, COEFFICIENTS, text), new_tokens=5, chunk=6)
+    assert_run_is_plain(family, run, lambda row: [PlainWrite(BLOCK, V, COEFFICIENTS[row], positions)])
+
+
+@operations
+def test_a_coefficient_changed_in_mid_generation_reaches_an_operation(op):
+    def watch(event, control):
+        if isinstance(event, TokensSampled) and event.step in (1, 3):
+            control.steer({"v": None if event.step == 3 else (2.0, None, -2.0)})
+
+    n = len(PROMPTS[0])
+    run = run_engine(
+        engine_of("llama"), [PROMPTS[0]] * 3, write("v", BLOCK, V, (1.0, 1.0, None), op=op), new_tokens=7, watch=watch
+    )
+    before, during = (1.0, 1.0, None), (2.0, None, -2.0)
+
+    def writes(row):
+        strengths = [before[row]] * (n + 1) + [during[row]] * 2
+        on = range(*(n + 1, n + 3) if before[row] is None else (0, n + 1 if during[row] is None else n + 3))
+        return [PlainWrite(BLOCK, V, [c or 0.0 for c in [*strengths, 0, 0, 0]], on, op=op)]
+
+    assert_run_is_plain("llama", run, writes, [PROMPTS[0]] * 3)
+
+
+@operations
+def test_products_are_in_float32_and_the_result_has_the_models_dtype(op):
+    engine = Engine(endless_model("llama", dtype=torch.bfloat16), pad_id=PAD)
+    bare = run_engine(engine, PROMPTS)
+    run = run_engine(engine, PROMPTS, write("v", BLOCK, V, COEFFICIENTS, op=op))
+    for row in range(3):
+        before = bare.activations(row)[BLOCK]
+        expected = PlainWrite(BLOCK, V, COEFFICIENTS[row], op=op).applied(before, len(PROMPTS[row]))
+        ours = run.activations(row)[BLOCK]
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, expected, rtol=2**-8, atol=2**-8)
+
+
+@operations
+def test_a_zero_vector_changes_nothing_beyond_rounding(op):
+    bare = run_engine(engine_of("llama"), PROMPTS)
+    run = run_engine(engine_of("llama"), PROMPTS, write("v", BLOCK, np.zeros_like(V), COEFFICIENTS, op=op))
+    for row in range(3):
+        torch.testing.assert_close(run.activations(row), bare.activations(row))
+
+
+def test_an_operation_acts_on_what_the_block_adds_where_it_is_scaled():
+    """granite multiplies what attention returns before adding it: the vector is meant after that."""
+    batch = Batch.of([[1, 2]], 0, torch.device("cpu"))
+    for op in OPS:
+        bank = SteeringBank([SteeringWrite("v", "attn_out", {0: V}, (1.5,), op=op)], 1, torch.float32)
+        bank.begin(range(2), batch)
+        hidden = torch.from_numpy(np.stack([direction(5), direction(6)]))[None]
+        ours = bank.editor("attn_out", 0, scale=0.25)(hidden) * 0.25
+        expected = PlainWrite(0, V, 1.5, op=op).applied(hidden[0] * 0.25, 2)
+        torch.testing.assert_close(ours[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"op": "multiply"}, "steering operation 'multiply' is unknown; one of add, ablate, ablate_add, clamp, rotate"),
+        (
+            {"write": "first"},
+            "write position 'first' is unknown; one of all, prompt, generated, label, last, or a range",
+        ),
+        ({"write": "5-2"}, "write positions '5-2' hold no token"),
+        ({"write": (3, 3)}, "write positions 3:3 hold no token"),
+        ({"write": slice(0, 9, 2)}, "must be whole numbers without a step"),
+        ({"write": slice(-4, None)}, "count from 0 at the first"),
+        ({"write": 7}, "write position 7 is unknown"),
+    ],
+)
+def test_what_is_no_operation_or_position_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Steer("v", 1.0, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ((4, 10), "4-9"),
+        (slice(4, 10), "4-9"),
+        (slice(4, None), "4-"),
+        (slice(None, 3), "0-2"),
+        ("4-9", "4-9"),
+        ("4", "4"),
+    ],
+)
+def test_ranges_are_kept_as_text_with_both_ends(given, kept):
+    assert Steer("v", 1.0, write=given).write == kept
