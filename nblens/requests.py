@@ -14,9 +14,10 @@ from nblens.layers import parse_layers
 from nblens.lens.fitting import hold_out
 from nblens.lens.jacobian import SKIPPED
 from nblens.lens.store import LensStore
+from nblens.model.answers import AnsweredPrompt, encode_answers, n_shared
 from nblens.model.architecture import Architecture
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, encode, single_token
+from nblens.model.tokens import as_prompts, chat_text, check_ids, encode, single_token
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
@@ -26,8 +27,11 @@ from nblens.specs import (
     FitSpec,
     GenerationSpec,
     LensSpec,
+    Span,
 )
-from nblens.steering.extraction import METHODS
+from nblens.steering.estimators import METHODS
+from nblens.steering.extraction import Read, check_read, read_span
+from nblens.steering.samples import Pair, Sample, as_pairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -154,25 +158,96 @@ class RequestBuilder:
         return GenerationSpec(int(max_new_tokens), float(temperature), seeds, dict(options or {}))
 
     def extraction(
-        self, pairs: Iterable[tuple[str, str]], *, method: str, site: str, read: str | int, chat: bool
+        self,
+        pairs: Any,
+        *,
+        method: str = "mean_diff",
+        site: str = "resid_post",
+        read: Read = "last",
+        chat: bool = False,
+        blocks: Sequence[int] = (),
+        n_shuffles: int = 0,
+        seed: int = 0,
     ) -> ExtractionSpec:
-        """Contrast pairs as token ids."""
+        """Contrast pairs as token ids, with the places where each is read."""
         if method not in METHODS:
             raise UserError(f"extraction method {method!r} is unknown; one of {', '.join(METHODS)}")
-        positive, negative = [], []
-        for number, pair in enumerate(pairs, 1):
-            if isinstance(pair, str) or not hasattr(pair, "__len__") or len(pair) != 2:
-                raise UserError(f"pair {number} must be (positive text, negative text), got {pair!r}")
-            if not all(isinstance(text, str) or hasattr(text, "__len__") for text in pair):
-                raise UserError(f"pair {number} must be (positive text, negative text), got {pair!r}")
+        for what, number in (("n_shuffles", n_shuffles), ("seed", seed)):
+            if not isinstance(number, Integral) or number < 0:
+                raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
+        check_read(read)
+        read_pairs = [self._pair(number, pair, read, chat) for number, pair in enumerate(as_pairs(pairs), 1)]
+        (positive, negative), (positive_spans, negative_spans) = (
+            tuple(zip(*column, strict=True)) for column in zip(*read_pairs, strict=True)
+        )
+        return ExtractionSpec(
+            positive,
+            negative,
+            positive_spans,
+            negative_spans,
+            site=check_site(site),
+            method=method,
+            blocks=tuple(blocks),
+            n_shuffles=int(n_shuffles),
+            seed=int(seed),
+        )
+
+    def answers(self, samples: Sequence[Sample], *, chat: bool) -> list[AnsweredPrompt]:
+        """Samples as token ids: prompt, positive answer, negative answer."""
+        encoded = []
+        for number, sample in enumerate(samples, 1):
             try:
-                positive.append(self._ids(pair[0], chat=chat))
-                negative.append(self._ids(pair[1], chat=chat))
+                encoded.append(self._answers(sample.prompt, (sample.positive, sample.negative), chat=chat))
             except UserError as error:
-                raise UserError(f"pair {number}: {error}") from error
-        if not positive:
-            raise UserError("there are no contrast pairs; give (positive text, negative text) tuples")
-        return ExtractionSpec(tuple(positive), tuple(negative), site=check_site(site), method=method, read=read)
+                raise UserError(f"sample {number}: {error}") from error
+            if encoded[-1].prompt_length < 1:
+                raise UserError(f"sample {number}: there is no token before the answer; give it a prompt")
+        return encoded
+
+    def text_ids(self, text: str, longest: int) -> Ids:
+        """Token ids of a text, cut to some length and to the context."""
+        if not isinstance(text, str):
+            raise UserError(f"a text must be a string, got {text!r}")
+        ids = encode(self.tokenizer, text, chat=False, vocab_size=self.architecture.vocab_size, room=None)
+        return ids[: min(longest, self.context or longest)]
+
+    def _answers(self, prompt: str, answers: Sequence[str], *, chat: bool) -> AnsweredPrompt:
+        size = self.architecture.vocab_size
+        return encode_answers(self.tokenizer, prompt, answers, chat=chat, vocab_size=size, room=self.context)
+
+    def _pair(self, number: int, pair: Pair, read: Read, chat: bool) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
+        """Token ids of both sides, and what is read of them."""
+        try:
+            ids, labels = self._sides(pair, label=read == "label", chat=chat)
+            spans = tuple(read_span(read, len(one), label) for one, label in zip(ids, labels, strict=True))
+        except UserError as error:
+            raise UserError(f"pair {number}: {error}") from error
+        return ids, spans
+
+    def _sides(self, pair: Pair, *, label: bool, chat: bool) -> tuple[tuple[Ids, ...], Sequence[int | None]]:
+        """Token ids of both sides; where it is asked for, the position of each one's label."""
+        prompt, *answers = (pair.prompt, pair.positive, pair.negative) if isinstance(pair, Sample) else ("", *pair)
+        if label and all(isinstance(answer, str) for answer in answers):
+            if chat and not prompt:
+                raise UserError("under chat, a label is read in an answer; give Sample(prompt, positive, negative)")
+            both = self._answers(prompt, answers, chat=chat)
+            return both.ids, both.labels
+        if prompt:
+            ids = tuple(self._answered(prompt, answer, chat=chat) for answer in answers)
+        else:
+            ids = tuple(self._ids(_one_text(answer), chat=chat) for answer in answers)
+        shared = n_shared(ids)
+        if label and shared >= min(map(len, ids)):
+            raise UserError("one side is the beginning of the other, or the same; where they part is unknown")
+        return ids, (shared, shared) if label else (None, None)
+
+    def _answered(self, prompt: str, answer: str, *, chat: bool) -> Ids:
+        """A prompt, in its chat template or as it is, directly followed by an answer."""
+        if not chat:
+            return self._ids(prompt + answer, chat=False)
+        ids = self.tokenizer(chat_text(self.tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
+        check_ids(ids, self.architecture.vocab_size, self.context)
+        return tuple(ids)
 
     def fit(
         self,
@@ -214,6 +289,13 @@ class RequestBuilder:
     def _ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
         room = None if self.context is None else max(0, self.context - generate)
         return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
+
+
+def _one_text(text: Any) -> str | list[int]:
+    (first, *_), single = as_prompts(text) if len(text) else ([""], True)
+    if not single:
+        raise UserError(f"a side must be text or token ids, got {text!r}")
+    return first
 
 
 def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:

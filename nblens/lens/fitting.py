@@ -16,7 +16,7 @@ from nblens.errors import UserError
 from nblens.lens.jacobian import JacobianFit
 from nblens.lens.translators import Lens
 from nblens.model.architecture import Architecture, output_device
-from nblens.specs import FitFinished, FitProgress, FitSpec, LensTensors
+from nblens.specs import FitFinished, FitSpec, LensTensors, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ def fit_translators(
     architecture: Architecture,
     spec: FitSpec,
     read: ReadResiduals,
-    emit: Callable[[FitProgress], None],
+    emit: Callable[[Progress], None],
     cancelled: Callable[[], bool],
 ) -> FitFinished:
     """Fit a lens and measure it; one that is stopped keeps what it has, unmeasured."""
@@ -45,7 +45,7 @@ def fit_translators(
     done = 0
     for kl in fit.steps():
         done += 1
-        emit(FitProgress(done, fit.n_steps, kl))
+        emit(Progress(done, fit.n_steps, kl))
         if cancelled():
             break
     tensors = fit.tensors()

@@ -1,106 +1,191 @@
-"""Contrast pairs → a direction per block, from one pass over the texts.
-
-Statistics are kept as they stream by: memory does not grow with the number of pairs.
-"""
+"""What an extraction reads of each text, and how its directions are judged."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 
 from nblens.errors import UserError
 from nblens.model.generation import Batch
-from nblens.specs import ExtractionSpec
+from nblens.specs import ExtractionSpec, Span
 
-__all__ = ["METHODS", "MeanDifference", "PositionReader", "Separation", "best_block", "data_hash", "read_weights"]
+__all__ = [
+    "Read",
+    "Separation",
+    "SpanReader",
+    "best_block",
+    "check_read",
+    "data_hash",
+    "held_back",
+    "read_name",
+    "read_span",
+    "shuffle_signs",
+]
 
-METHODS = {"mean_diff": "mean of positive minus mean of negative activations"}
-"""How a direction is computed from contrast pairs."""
+Read = str | int | slice | tuple[int, int]
+"""Where a text is read: "last", "label", "mean", an index, or a span."""
 
-READ_POSITIONS = ("last", "mean")
+READ_POSITIONS = ("last", "label", "mean")
 
 FEWEST_TO_JUDGE = 8
 """With fewer contrast pairs, none is held back."""
 
+_SPAN = re.compile(r"\s*(-?\d+)\s*-\s*(-?\d+)\s*")
 
-def read_weights(batch: Batch, read: str | int) -> torch.Tensor:
-    """Weights of the columns of a left-padded batch whose sum is the activation read, float32 (rows, width).
+
+def read_span(read: Read, length: int, label: int | None = None) -> Span:
+    """The positions of a text that are read: from a first up to, not including, a last.
+
+    >>> read_span("3-7", 20), read_span((3, 8), 20), read_span(-2, 20), read_span("mean", 20)
+    ((3, 8), (3, 8), (18, 19), (0, 20))
 
     Parameters
     ----------
-    read : {"last", "mean"} or int
-        The last token, the mean over all tokens, or the token at an absolute index (negative: from the end).
+    read : {"last", "label", "mean"}, int, slice, (int, int) or str
+        The last token, the label, the mean over all tokens, the token at an absolute index (negative: from the end),
+        or the mean over a span: a slice or (start, stop) as Python counts, or text such as "3-7" with both ends.
+    length : int
+        Tokens of the text.
+    label : int, optional
+        Where its label stands.
 
     Raises
     ------
     UserError
-        The position is unknown, or outside one of the texts.
+        The position is unknown, or outside the text.
     """
-    weights = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
-    for row, length in enumerate(batch.lengths):
-        first = batch.width - length
-        if read == "mean":
-            weights[row, first:] = 1 / length
-            continue
-        index = -1 if read == "last" else read
-        if not isinstance(index, Integral):
-            raise UserError(f"read position {read!r} is unknown; one of {', '.join(READ_POSITIONS)} or an index")
-        if not -length <= index < length:
-            raise UserError(f"read position {index} is outside a text of {length} tokens")
-        weights[row, first + index % length] = 1.0
-    return weights
+    if isinstance(read, str) and read in READ_POSITIONS:
+        if read == "label" and label is None:
+            raise UserError("this text has no label to read")
+        return {"last": (length - 1, length), "mean": (0, length), "label": (label or 0, (label or 0) + 1)}[read]
+    if isinstance(read, Integral) and not isinstance(read, bool):
+        return _index(int(read), length)
+    ends = _ends(read)
+    start, stop = (None if end is None else _end(end, length, read) for end in ends)
+    start, stop = 0 if start is None else start, length if stop is None else stop
+    if start >= stop:
+        raise UserError(f"read span {read_name(read)} holds no token of a text of {length} tokens")
+    return start, stop
 
 
-class PositionReader:
-    """Collects one activation per row and block: the weighted sum over columns, added up over the steps of a run."""
+def check_read(read: Read) -> None:
+    """Raise `UserError` unless it is one of the forms of a read position, whatever the text."""
+    if read not in READ_POSITIONS and not (isinstance(read, Integral) and not isinstance(read, bool)):
+        _ends(read)
 
-    def __init__(self, n_blocks: int, weights: torch.Tensor, d_model: int) -> None:
-        self._weights = weights
-        self._columns = range(0)
-        self.states = torch.zeros(n_blocks, len(weights), d_model, dtype=torch.float32)
-        """float32 (n_blocks, rows, d_model) on the CPU"""
+
+def read_name(read: Read) -> str:
+    """A read position as text, in a form that can be given again.
+
+    >>> read_name((3, 8)), read_name(slice(-3, None)), read_name(-1)
+    ('3-7', '-3--1', '-1')
+    """
+    if isinstance(read, str) or not isinstance(read, (slice, tuple, list)):
+        return str(read)
+    start, stop = _ends(read)
+    return f"{start or 0}-{-1 if stop is None else stop - 1}"
+
+
+def _index(index: int, length: int) -> Span:
+    if not -length <= index < length:
+        raise UserError(f"read position {index} is outside a text of {length} tokens")
+    return index % length, index % length + 1
+
+
+def _end(end: int, length: int, read: Read) -> int:
+    place = end + length if end < 0 else end
+    if not 0 <= place <= length:
+        raise UserError(f"read span {read_name(read)} is outside a text of {length} tokens")
+    return place
+
+
+def _ends(read: Any) -> tuple[int | None, int | None]:
+    """Start and stop as Python counts; None: the text's own end."""
+    if isinstance(read, str) and (match := _SPAN.fullmatch(read)):
+        return int(match[1]), int(match[2]) + 1 or None
+    if isinstance(read, slice) and read.step in (None, 1):
+        ends: tuple[Any, ...] = (read.start, read.stop)
+    elif isinstance(read, (tuple, list)) and len(read) == 2:
+        ends = tuple(read)
+    else:
+        ends = (read,)
+    whole = [end is None or (isinstance(end, Integral) and not isinstance(end, bool)) for end in ends]
+    if len(ends) != 2 or not all(whole):
+        known = ", ".join(READ_POSITIONS)
+        raise UserError(f"read position {read!r} is unknown; one of {known}, an index, or a span such as 3-7")
+    return ends[0], ends[1]
+
+
+class SpanReader:
+    """Collects one activation per row and block: the mean over a span of its tokens, added up over the steps of a run.
+
+    What is summed up stays on the device of its block until `states` is asked for.
+
+    Parameters
+    ----------
+    n_blocks : int
+        How many blocks are read.
+    batch : Batch
+        The texts.
+    spans : sequence of (int, int)
+        Positions of each text, counted from its own first token.
+    """
+
+    def __init__(self, n_blocks: int, batch: Batch, spans: Sequence[Span]) -> None:
+        self._weights = torch.zeros(batch.rows, batch.width, dtype=torch.float32)
+        for row, (start, stop) in enumerate(spans):
+            first = batch.width - batch.lengths[row]
+            self._weights[row, first + start : first + stop] = 1 / (stop - start)
+        self._sums: list[torch.Tensor | None] = [None] * n_blocks
+        self._columns = slice(0)
+        self._placed: dict[torch.device, torch.Tensor] = {}
+        self._gaps = False
+        used = self._weights.any(0).nonzero()[:, 0]
+        self.last_column = int(used[-1])
+        """no later column is read"""
 
     def begin(self, columns: range) -> None:
         """Say which columns the coming step feeds."""
-        self._columns = columns
+        part = self._weights[:, columns.start : columns.stop]
+        used = part.any(0).nonzero()[:, 0]
+        self._columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0)
+        part = part[:, self._columns]
+        self._placed = {torch.device("cpu"): part}
+        self._gaps = not part.all()
 
-    def writer(self, block: int) -> Callable[[torch.Tensor], None]:
-        """The callable that a hook gives a block's activation to."""
+    def writer(self, index: int) -> Callable[[torch.Tensor], None]:
+        """The callable that a hook gives the activation of the block at an index to."""
 
         def write(hidden: torch.Tensor) -> None:
-            weights = self._weights[:, self._columns.start : self._columns.stop]
-            used = weights.any(0).nonzero()[:, 0]
-            if len(used):
-                picked = hidden[:, used.to(hidden.device)].float().cpu()
-                self.states[block] += torch.einsum("rw,rwd->rd", weights[:, used], picked)
+            if self._columns.stop == 0:
+                return
+            hidden = hidden[:, self._columns].float()
+            weights = self._placed.get(hidden.device)
+            if weights is None:
+                weights = self._placed[hidden.device] = self._placed[torch.device("cpu")].to(hidden.device)
+            if hidden.shape[1] == 1:
+                read = torch.where(weights != 0, hidden[:, 0] * weights, 0.0)
+            else:
+                if self._gaps:
+                    # what stands outside of the span, padding above all, need not be a number
+                    hidden = hidden.masked_fill((weights == 0)[:, :, None], 0.0)
+                read = torch.bmm(weights[:, None], hidden)[:, 0]
+            before = self._sums[index]
+            self._sums[index] = read if before is None else before + read
 
         return write
 
-
-class MeanDifference:
-    """Mean of positive minus mean of negative activations, as they stream by.
-
-    Contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681).
-    """
-
-    def __init__(self, n_blocks: int, d_model: int) -> None:
-        self._sum = torch.zeros(n_blocks, d_model, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, positive: torch.Tensor, negative: torch.Tensor) -> None:
-        """Take in a batch of pairs, (n_blocks, n, d_model) each."""
-        self._sum += (positive.double() - negative.double()).sum(1)
-        self.count += positive.shape[1]
-
-    def directions(self) -> np.ndarray:
-        """float32 (n_blocks, d_model)."""
-        return (self._sum / max(self.count, 1)).float().numpy()
+    def states(self) -> torch.Tensor:
+        """float32 (n_blocks, rows, d_model) on the CPU."""
+        return torch.stack([total.cpu() for total in self._sums])
 
 
 @dataclass(frozen=True)
@@ -125,6 +210,11 @@ class Separation:
 def data_hash(spec: ExtractionSpec) -> str:
     """SHA-256 of the pairs' token ids."""
     return hashlib.sha256(json.dumps([spec.positive, spec.negative]).encode()).hexdigest()
+
+
+def shuffle_signs(n_pairs: int, n_shuffles: int, seed: int) -> np.ndarray:
+    """Which pairs a shuffling swaps, each with probability 1/2: int8 (n_shuffles, n_pairs), −1 for swapped, else 1."""
+    return np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.int8), (n_shuffles, n_pairs))
 
 
 def held_back(n_pairs: int) -> Sequence[int]:

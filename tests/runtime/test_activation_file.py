@@ -144,8 +144,8 @@ def test_a_run_that_fails_leaves_no_file_and_the_old_one_as_it_was(attach, tmp_p
 
 def test_ctrl_c_gives_the_path_of_what_there_is(attach, tmp_path, monkeypatch):
     session, path = attach(tiny_model("llama")), tmp_path / "a.safetensors"
-    events = session._events
-    monkeypatch.setattr(session, "_events", lambda spec: (events(spec)[0], True))
+    events = session.events
+    monkeypatch.setattr(session, "events", lambda spec: (events(spec)[0], True))
     with pytest.raises(Interrupted) as stop:
         session.capture(PROMPTS[0], to=path)
     assert stop.value.partial == path

@@ -2,6 +2,7 @@
 
 import traceback
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from nblens.specs import (
     ExtractionFinished,
     ExtractionSpec,
     GenerationSpec,
+    Progress,
     ReadoutSlice,
     RunFinished,
     RunSpec,
@@ -243,8 +245,7 @@ def test_an_extraction_out_of_memory_takes_smaller_steps(engine):
     def directions():
         events = []
         engine.run(PAIRS, events.append, Control())
-        (event,) = events
-        return event.directions
+        return events[-1].directions
 
     normal = directions()
     with before_forward(engine.model, lambda width, n: out_of_memory() if width > 4 else None):
@@ -371,8 +372,10 @@ def test_a_run_cancelled_before_it_began_feeds_nothing(engine, new_tokens):
     assert events[0].cancelled
 
 
-def test_extraction_reports_one_event(engine):
+def test_extraction_reports_each_batch_and_then_its_directions(engine):
     events = []
-    engine.run(PAIRS, events.append, Control())
-    assert [type(event) for event in events] == [ExtractionFinished]
-    assert events[0].directions.shape == (len(ALL_BLOCKS), D_MODEL)
+    engine.run(replace(PAIRS, batch_size=1), events.append, Control())
+    *progress, finished = events
+    assert progress == [Progress(step, len(PAIRS.positive)) for step in range(1, len(PAIRS.positive) + 1)]
+    assert isinstance(finished, ExtractionFinished)
+    assert finished.directions.shape == (len(ALL_BLOCKS), D_MODEL)

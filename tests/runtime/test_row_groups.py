@@ -159,7 +159,10 @@ def test_a_cancelled_request_stops_all_its_runs_and_says_so_once(engine):
 
 
 def test_a_vector_is_extracted_as_if_every_text_came_alone(engine):
-    spec = ExtractionSpec(positive=PROMPTS[:2], negative=PROMPTS[2:], read="mean")
+    spans = tuple((0, len(ids)) for ids in PROMPTS)
+    spec = ExtractionSpec(
+        positive=PROMPTS[:2], negative=PROMPTS[2:], positive_spans=spans[:2], negative_spans=spans[2:]
+    )
     found = []
     engine.run(spec, found.append, Control())
     means = []

@@ -1,5 +1,7 @@
 """mean_diff equals a mean by hand over separate unpadded passes, and finds a direction planted in a model."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,22 @@ from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model, tiny_tokenize
 
 import nblens
 from nblens import UserError
+from nblens.files import read_safetensors, write_safetensors
 from nblens.model.generation import Batch
+from nblens.runtime import extracting
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
-from nblens.specs import ExtractionSpec
-from nblens.steering.extraction import METHODS, best_block, read_weights
+from nblens.specs import EXTRACTION_METHODS, ExtractionFinished, ExtractionSpec, Progress
+from nblens.steering.estimators import ESTIMATORS, METHODS
+from nblens.steering.extraction import (
+    READ_POSITIONS,
+    SpanReader,
+    best_block,
+    check_read,
+    read_name,
+    read_span,
+    shuffle_signs,
+)
 
 LENGTHS = ((4, 7), (9, 3), (5, 5), (12, 4), (3, 8), (6, 6), (8, 11))  # tokens of the two texts of each pair
 
@@ -24,10 +37,13 @@ def pairs_of(lengths=LENGTHS):
     )
 
 
-def extracted(engine, positive, negative, control=None, **spec):
+def extracted(engine, positive, negative, control=None, read="last", **spec):
     events = []
-    engine.run(ExtractionSpec(positive, negative, **spec), events.append, control or Control())
-    (event,) = events
+    spans = (tuple(read_span(read, len(text)) for text in texts) for texts in (positive, negative))
+    engine.run(ExtractionSpec(positive, negative, *spans, **spec), events.append, control or Control())
+    *progress, event = events
+    assert all(isinstance(before, Progress) for before in progress)
+    assert isinstance(event, ExtractionFinished)
     return event
 
 
@@ -37,6 +53,8 @@ def states_by_hand(family, text, read, site, model=None):
     hidden = plain_pass(model, family, text, len(text)).sites[site]
     if read == "mean":
         return hidden.mean(1).double()
+    if isinstance(read, slice):
+        return hidden[:, read].double().mean(1)
     return hidden[:, -1 if read == "last" else read].double()
 
 
@@ -55,7 +73,15 @@ def assert_close(ours, expected):
 
 @pytest.mark.parametrize("family", STEERED_FAMILIES)
 @pytest.mark.parametrize(
-    ("read", "site"), [("last", "resid_post"), ("mean", "resid_post"), (1, "resid_pre"), (-3, "resid_post")]
+    ("read", "site"),
+    [
+        ("last", "resid_post"),
+        ("mean", "resid_post"),
+        (1, "resid_pre"),
+        (-3, "resid_post"),
+        (slice(1, 3), "resid_post"),
+        (slice(-3, None), "resid_pre"),
+    ],
 )
 def test_directions_equal_a_mean_by_hand_over_separate_unpadded_passes(family, read, site):
     positive, negative = pairs_of()
@@ -74,12 +100,50 @@ def test_the_batch_size_does_not_matter(batch_size, site):
     assert_close(event.directions, directions_by_hand("llama", positive, negative, "last", site))
 
 
-@pytest.mark.parametrize("read", ["last", "mean", 0])
-def test_texts_longer_than_one_step_are_read_right(read):
-    """64 tokens a step at 16 rows: these take two, and the read position lies in either."""
-    positive, negative = pairs_of([(100, 40), (90, 70), (20, 100)] * 3)
-    event = extracted(engine_of("llama"), positive, negative, read=read, batch_size=8)
+@pytest.mark.parametrize("read", ["last", "mean", 0, -13, slice(10, 14)])
+def test_texts_longer_than_one_step_are_read_right(read, monkeypatch):
+    """8 tokens a step at 2 rows: these take many, and what is read lies in any, in several or in none of them."""
+    monkeypatch.setattr(extracting, "CPU_TOKENS", 16)
+    positive, negative = pairs_of([(100, 40), (90, 70), (20, 100)])
+    event = extracted(engine_of("llama"), positive, negative, read=read)
     assert_close(event.directions, directions_by_hand("llama", positive, negative, read, "resid_post"))
+
+
+@pytest.mark.parametrize("read", ["last", "mean", 0])
+def test_what_stands_at_padding_need_not_be_a_number(read):
+    batch = Batch.of([[5, 6], [7, 8, 9, 10]], PAD, torch.device("cpu"))
+    hidden = torch.randn(2, 4, D_MODEL)
+    hidden[0, :2] = torch.nan
+    reader = SpanReader(1, batch, [read_span(read, 2), read_span(read, 4)])
+    reader.begin(range(4))
+    reader.writer(0)(hidden)
+    rows = [states[slice(*read_span(read, len(states)))].mean(0) for states in (hidden[0, 2:], hidden[1])]
+    torch.testing.assert_close(reader.states(), torch.stack(rows)[None])
+
+
+def fed_widths(engine, work):
+    """(rows, columns) of every forward pass."""
+    seen = []
+    handle = engine.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    work()
+    handle.remove()
+    return seen
+
+
+def test_no_step_is_fed_after_the_last_column_that_is_read(monkeypatch):
+    monkeypatch.setattr(extracting, "CPU_TOKENS", 16)
+    sides = pairs_of([(100, 100)])
+    assert fed_widths(engine_of("llama"), lambda: extracted(engine_of("llama"), *sides, read=9)) == [(2, 8)] * 2
+
+
+def test_pairs_of_similar_length_share_a_batch_of_one_step():
+    lengths = [(5, 6), (60, 70), (4, 4), (100, 20), (6, 3), (90, 95)]
+    widths = fed_widths(engine_of("llama"), lambda: extracted(engine_of("llama"), *pairs_of(lengths * 4)))
+    assert widths == [(24, 6), (10, 95), (10, 100), (4, 100)]
+    assert all(rows * width <= extracting.CPU_TOKENS for rows, width in widths)
+    assert sum(rows for rows, _ in widths) == 2 * len(lengths * 4)
 
 
 def separation_by_hand(family, positive, negative, site="resid_post"):
@@ -126,7 +190,7 @@ def test_extraction_leaves_no_hook_behind():
     extracted(engine_of("llama"), *pairs_of())
     assert hook_count(model) == before
     with pytest.raises(UserError):
-        extracted(engine_of("llama"), *pairs_of(), read=40)
+        extracted(engine_of("llama"), *(sides[:1] for sides in pairs_of()), method="pca_diff")
     assert hook_count(model) == before
 
 
@@ -154,32 +218,68 @@ def test_the_data_hash_is_that_of_the_pairs():
     assert all(len(h) == 64 for h in hashes)
 
 
-class TestReadWeights:
-    BATCH = Batch.of([[5, 6], [7, 8, 9, 10]], PAD, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("read", "span", "name"),
+    [
+        ("last", (9, 10), "last"),
+        ("mean", (0, 10), "mean"),
+        ("label", (6, 7), "label"),
+        (0, (0, 1), "0"),
+        (np.int64(3), (3, 4), "3"),
+        (-1, (9, 10), "-1"),
+        (-10, (0, 1), "-10"),
+        ("3-7", (3, 8), "3-7"),
+        (" 3 - 3 ", (3, 4), " 3 - 3 "),
+        ("-3--1", (7, 10), "-3--1"),
+        ("2--2", (2, 9), "2--2"),
+        ((3, 8), (3, 8), "3-7"),
+        ([3, 8], (3, 8), "3-7"),
+        ((-4, -1), (6, 9), "-4--2"),
+        (slice(3, 8), (3, 8), "3-7"),
+        (slice(None, 4), (0, 4), "0-3"),
+        (slice(-3, None), (7, 10), "-3--1"),
+        (slice(None), (0, 10), "0--1"),
+        (slice(0, 10, 1), (0, 10), "0-9"),
+    ],
+    ids=str,
+)
+def test_a_read_position_is_a_span_of_a_text_and_has_a_name(read, span, name):
+    assert read_span(read, 10, label=6) == span
+    assert read_name(read) == name
+    check_read(read)
+    assert name in READ_POSITIONS or name.strip("-").isdigit() or read_span(name, 10) == span
 
-    @pytest.mark.parametrize(
-        ("read", "weights"),
-        [
-            ("last", [[0, 0, 0, 1], [0, 0, 0, 1]]),
-            ("mean", [[0, 0, 0.5, 0.5], [0.25] * 4]),
-            (0, [[0, 0, 1, 0], [1, 0, 0, 0]]),
-            (1, [[0, 0, 0, 1], [0, 1, 0, 0]]),
-            (-1, [[0, 0, 0, 1], [0, 0, 0, 1]]),
-            (-2, [[0, 0, 1, 0], [0, 0, 1, 0]]),
-        ],
-    )
-    def test_positions_count_from_a_rows_own_first_token(self, read, weights):
-        assert read_weights(self.BATCH, read).tolist() == weights
 
-    @pytest.mark.parametrize("read", [2, -3])
-    def test_an_index_outside_a_text_is_refused(self, read):
-        with pytest.raises(UserError, match=f"read position {read} is outside a text of 2 tokens"):
-            read_weights(self.BATCH, read)
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (2, "read position 2 is outside a text of 2 tokens"),
+        (-3, "read position -3 is outside a text of 2 tokens"),
+        ("1-2", "read span 1-2 is outside a text of 2 tokens"),
+        (slice(-3, None), "read span -3--1 is outside a text of 2 tokens"),
+        ((1, 1), "read span 1-0 holds no token of a text of 2 tokens"),
+        (slice(2, None), "read span 2--1 holds no token of a text of 2 tokens"),
+        ("label", "this text has no label to read"),
+    ],
+    ids=str,
+)
+def test_a_place_outside_a_text_is_refused(read, message):
+    check_read(read)
+    with pytest.raises(UserError, match=message):
+        read_span(read, 2)
 
-    @pytest.mark.parametrize("read", ["first", "", 1.5, None])
-    def test_an_unknown_position_is_refused(self, read):
-        with pytest.raises(UserError, match=f"read position {read!r} is unknown; one of last, mean or an index"):
-            read_weights(self.BATCH, read)
+
+@pytest.mark.parametrize(
+    "read",
+    ["first", "", "3-", "a-b", 1.5, None, True, (1,), (1, 2, 3), (1, "a"), slice(0, 4, 2), slice(0.5, 2)],
+    ids=str,
+)
+def test_an_unknown_position_is_refused(read):
+    for check in (lambda: check_read(read), lambda: read_span(read, 5)):
+        with pytest.raises(UserError) as caught:
+            check()
+        known = "one of last, label, mean, an index, or a span such as 3-7"
+        assert str(caught.value) == f"read position {read!r} is unknown; {known}"
 
 
 def planted_model():
@@ -317,7 +417,10 @@ def test_pairs_may_come_from_a_generator_and_as_lists(session):
         ([("the cat", "")], "pair 1.*empty"),
         ([(1, 2)], "pair 1"),
         ([None], "pair 1"),
-        ("the cat", "pair 1 must be"),
+        ([(["the", "cat"], "a")], r"pair 1: a side must be text or token ids, got \['the', 'cat'\]"),
+        ([([5, 6], [])], "pair 1: the prompt is empty"),
+        ([([5, 6], [5, 999])], "pair 1: token id 999 is outside the vocabulary"),
+        ("the cat", r"pairs are read from .jsonl, .json, .csv files; got 'the cat'"),
     ],
     ids=str,
 )
@@ -331,9 +434,9 @@ def test_malformed_pairs_are_refused_by_number_and_nothing_is_kept(session, pair
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "pca"}, "'pca' is unknown; one of mean_diff"),
+        ({"method": "pca"}, "'pca' is unknown; one of mean_diff, pca_diff, pca_center, logistic"),
         ({"site": "mlp_in"}, "'mlp_in' is unknown; one of resid_pre, ln1_out"),
-        ({"read": "first"}, "'first' is unknown; one of last, mean or an index"),
+        ({"read": "first"}, "'first' is unknown; one of last, label, mean, an index, or a span"),
         ({"read": 99}, "position 99 is outside a text of"),
         ({"layers": 3}, "layer 3 is out of range; the model has blocks 0-2"),
     ],
@@ -353,4 +456,149 @@ def test_a_name_that_a_magic_could_not_spell_is_refused(session, name):
 
 
 def test_the_table_of_methods_says_what_each_is():
-    assert METHODS.keys() == {"mean_diff"}
+    assert tuple(METHODS) == tuple(ESTIMATORS) == EXTRACTION_METHODS
+
+
+@pytest.mark.parametrize("method", EXTRACTION_METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt"])
+def test_every_method_works_on_the_activations_that_plain_passes_read(family, method):
+    positive, negative = pairs_of(LENGTHS * 2)
+    event = extracted(engine_of(family), positive, negative, read="mean", method=method, batch_size=4)
+    sides = [
+        torch.stack([states_by_hand(family, text, "mean", "resid_post") for text in t], 1) for t in (positive, negative)
+    ]
+    estimator = ESTIMATORS[method](N_BLOCKS, D_MODEL)
+    estimator.add(*(side.float() for side in sides))
+    expected = estimator.directions()
+    assert np.abs(event.directions - expected).max() <= 1e-3 * np.abs(expected).max()
+    norms = torch.cat(sides, 1).norm(dim=-1).mean(1).numpy()
+    np.testing.assert_allclose(event.activation_norms, norms, rtol=1e-5)
+    assert event.activation_norms.dtype == np.float32
+
+
+@pytest.mark.parametrize("method", EXTRACTION_METHODS)
+def test_shuffled_directions_are_those_of_swapped_pairs_and_repeat_by_seed(method):
+    positive, negative = pairs_of(LENGTHS * 2)
+    event = extracted(engine_of("llama"), positive, negative, method=method, n_shuffles=3, seed=5)
+    plain = extracted(engine_of("llama"), positive, negative, method=method)
+    np.testing.assert_allclose(event.directions, plain.directions, rtol=1e-6)
+    assert plain.shuffled.shape == (0, N_BLOCKS, D_MODEL)
+    assert event.shuffled.shape == (3, N_BLOCKS, D_MODEL)
+    again = extracted(engine_of("llama"), positive, negative, method=method, n_shuffles=3, seed=5)
+    np.testing.assert_array_equal(again.shuffled, event.shuffled)
+    other = extracted(engine_of("llama"), positive, negative, method=method, n_shuffles=3, seed=6)
+    assert not np.array_equal(other.shuffled, event.shuffled)
+    for signs, ours in zip(shuffle_signs(14, 3, 5), event.shuffled, strict=True):
+        assert 0 < (signs < 0).sum() < 14
+        pairs = [(n, p) if sign < 0 else (p, n) for p, n, sign in zip(positive, negative, signs, strict=True)]
+        swapped = extracted(engine_of("llama"), *zip(*pairs, strict=True), method=method)
+        assert np.abs(ours - swapped.directions).max() <= 1e-3 * np.abs(swapped.directions).max()
+
+
+def test_only_the_blocks_asked_for_are_read():
+    sides = pairs_of()
+    whole = extracted(engine_of("llama"), *sides)
+    some = extracted(engine_of("llama"), *sides, blocks=(2, 0))
+    np.testing.assert_array_equal(some.directions, whole.directions[[2, 0]])
+    np.testing.assert_array_equal(some.activation_norms, whole.activation_norms[[2, 0]])
+
+
+def test_pairs_that_do_not_differ_where_they_are_read_are_refused(session):
+    with pytest.raises(UserError, match="the same activations where they are read"):
+        session.extract("same", [("the cat", "the dog")], read=0)
+    assert "same" not in session.vectors
+
+
+def place_where_they_part(one, other):
+    return [a == b for a, b in zip(one, other, strict=False)].index(False)
+
+
+def test_a_label_is_read_where_the_answers_part(session):
+    answers = [(f" {one} one", f" {other} day") for one, other in zip(*ENDS, strict=True)]
+    samples = [nblens.Sample(f"{text} the", *answers[i % 3]) for i, text in enumerate(WORDS)]
+    by_label = session.extract("label", samples, read="label")
+    positive, negative = (ids_of([s.prompt + getattr(s, side) for s in samples]) for side in ("positive", "negative"))
+    differences = []
+    for one, other in zip(positive, negative, strict=True):
+        place = place_where_they_part(one, other)
+        differences.append(
+            states_by_hand("llama", one, place, "resid_post") - states_by_hand("llama", other, place, "resid_post")
+        )
+    expected = torch.stack(differences).mean(0)
+    for block in range(N_BLOCKS):
+        assert np.abs(by_label.directions[block] - expected[block].numpy()).max() <= 1e-3
+    texts = session.extract("texts", [(s.prompt + s.positive, s.prompt + s.negative) for s in samples], read="label")
+    np.testing.assert_array_equal(texts.directions[1], by_label.directions[1])
+    ids = session.extract("ids", list(zip(positive, negative, strict=True)), read="label")
+    np.testing.assert_array_equal(ids.directions[1], by_label.directions[1])
+    assert by_label.read == "label"
+    assert not np.array_equal(session.extract("last", samples).directions[1], by_label.directions[1])
+
+
+def test_a_samples_prompt_goes_through_the_chat_template_and_its_answer_follows(session):
+    template = (
+        "{% for m in messages %}the {{ m['content'] }} one{% endfor %}{% if add_generation_prompt %} day{% endif %}"
+    )
+    session.tokenizer.chat_template = template
+    try:
+        for read in ("last", "label"):
+            vector = session.extract("chat", [nblens.Sample("cat", " man", " dog")], read=read, chat=True)
+            ids = [
+                tuple(tiny_tokenizer()(f"the cat one day {a}", add_special_tokens=False)["input_ids"])
+                for a in ("man", "dog")
+            ]
+            index = "last" if read == "last" else [x == y for x, y in zip(*ids, strict=False)].index(False)
+            expected = directions_by_hand("llama", ids[:1], ids[1:], index, "resid_post").numpy()
+            assert np.abs(vector.directions[1] - expected[1]).max() <= 1e-3
+        with pytest.raises(UserError, match="pair 1: under chat, a label is read in an answer; give Sample"):
+            session.extract("chat", [("cat", "dog")], read="label", chat=True)
+    finally:
+        session.tokenizer.chat_template = None
+
+
+def test_a_span_is_kept_by_name_and_norms_are_saved(session, tmp_path):
+    vector = session.extract("span", TEXTS, read=slice(-2, None))
+    assert vector.read == "-2--1"
+    np.testing.assert_array_equal(session.extract("again", TEXTS, read="-2--1").directions[1], vector.directions[1])
+    assert sorted(vector.activation_norms) == list(range(N_BLOCKS))
+    assert min(vector.activation_norms.values()) > 0
+    loaded = nblens.SteeringVector.load(vector.save(tmp_path / "v.safetensors"))
+    assert loaded.activation_norms == vector.activation_norms
+
+
+def test_a_vector_of_a_file_from_before_norms_still_loads(session, tmp_path):
+    arrays, metadata = read_safetensors(session.extract("old", TEXTS).save(tmp_path / "v.safetensors"))
+    plain = json.loads(metadata["fields"])
+    del plain["activation_norms"]
+    write_safetensors(tmp_path / "v.safetensors", arrays, {**metadata, "fields": json.dumps(plain)})
+    assert nblens.SteeringVector.load(tmp_path / "v.safetensors").activation_norms == {}
+
+
+def test_pairs_may_come_from_a_file(session, tmp_path):
+    rows = [json.dumps({"positive": a, "negative": b}) for a, b in TEXTS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    vector = session.extract("file", tmp_path / "pairs.jsonl")
+    assert vector.data_hash == session.extract("list", TEXTS).data_hash
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_a_bar_over_the_batches(session, monkeypatch, shown):
+    bars = []
+
+    class Bar:
+        def __init__(self, **options):
+            bars.append(options)
+            self.updates = 0
+
+        def update(self):
+            self.updates += 1
+
+        def close(self):
+            bars.append(self.updates)
+
+    monkeypatch.setattr("nblens.progress.tqdm", Bar)
+    monkeypatch.setattr(extracting, "CPU_TOKENS", 32)
+    session.extract("v", TEXTS, progress=shown)
+    options, updates = bars
+    assert options["total"] == updates > 1
+    assert (options["disable"], options["delay"]) == (not shown, 2)
