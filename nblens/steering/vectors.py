@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError, VectorMismatchError
+from nblens.errors import FileFormatError, UserError, VectorMismatchError, first_line
 from nblens.files import read_safetensors, write_safetensors
 from nblens.layers import format_layers
-from nblens.specs import WRITE_POSITIONS
+from nblens.specs import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]
 
@@ -40,6 +42,8 @@ class SteeringVector:
     """blocks written by default"""
     write: str = "all"
     """positions written by default"""
+    op: str = "add"
+    """operation by default"""
     model: str = ""
     n_blocks: int = 0
     method: str = ""
@@ -49,6 +53,10 @@ class SteeringVector:
     """block → how far apart it holds the two sides of held-back pairs, in standard deviations (d′)"""
     data_hash: str = ""
     """SHA-256 of the contrast pairs' token ids"""
+    activation_norms: Mapping[int, float] = field(default_factory=dict)
+    """block → mean Euclidean norm of the activations that were read, over both sides"""
+    kl_range: tuple[float, float] | None = None
+    """coefficients that stay within the KL budget of the last `session.steerability`, written as by default"""
 
     def __post_init__(self) -> None:
         if not self.directions:
@@ -62,6 +70,9 @@ class SteeringVector:
         if broken := [block for block, array in arrays.items() if not np.isfinite(array).all()]:
             raise UserError(f"steering vector {self.name!r} is not finite at block {broken[0]}")
         object.__setattr__(self, "directions", arrays)
+        object.__setattr__(self, "write", check_write(self.write))
+        if self.op not in STEER_OPS:
+            raise UserError(f"steering operation {self.op!r} is unknown; one of {', '.join(STEER_OPS)}")
         object.__setattr__(self, "layers", tuple(self.layers) or tuple(arrays))
         if missing := sorted(set(self.layers) - set(arrays)):
             raise UserError(f"steering vector {self.name!r} has no direction for block {missing[0]}")
@@ -95,21 +106,27 @@ class SteeringVector:
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write to safetensors: `direction.{block}` float32 tensors, everything else as JSON in the header."""
+        """Write to safetensors: `direction.{block}` float32 tensors, everything else as JSON in the header.
+
+        A name that ends in `.gguf` is written by `to_gguf`.
+        """
+        if _is_gguf(path):
+            return self.to_gguf(path)
         arrays = {f"direction.{block}": d for block, d in self.directions.items()}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "directions"}
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "fields": json.dumps(plain)}
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "fields": json.dumps(self._plain())}
         return write_safetensors(path, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str | None = None) -> SteeringVector:
-        """Read a file written by `save`; `name` renames it.
+        """Read a file written by `save`; `name` renames it. A name that ends in `.gguf` is read by `from_gguf`.
 
         Raises
         ------
         FileFormatError
             The file is damaged, or is not a steering vector.
         """
+        if _is_gguf(path):
+            return cls.from_gguf(path, name)
         arrays, metadata = read_safetensors(path)
         if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
             raise FileFormatError(
@@ -117,17 +134,98 @@ class SteeringVector:
                 f"(format {metadata.get('format', 'none')}, version {metadata.get('version', 'none')})"
             )
         try:
-            plain = json.loads(metadata["fields"])
-            plain["layers"] = tuple(int(block) for block in plain["layers"])
-            plain["separation"] = {int(block): float(d) for block, d in plain["separation"].items()}
-            plain["name"] = name or str(plain["name"])
-            plain["n_blocks"] = int(plain["n_blocks"])
-            if not isinstance(plain["site"], str) or plain["write"] not in WRITE_POSITIONS:
-                raise ValueError(f"site {plain['site']!r}, write {plain['write']!r}")
             directions = {int(key.removeprefix("direction.")): array for key, array in arrays.items()}
-            return cls(directions=directions, **plain)
+            return cls._from_plain(directions, json.loads(metadata["fields"]), name)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{path} is damaged: {error}") from error
+
+    def to_gguf(self, path: str | os.PathLike[str], *, model_hint: str | None = None) -> Path:
+        """Write a control vector for llama.cpp (`--control-vector FILE`) and repeng.
+
+        >>> v.at((3, 4)).to_gguf("v.gguf", model_hint="llama")     # doctest: +SKIP
+
+        The blocks of `layers` are written, `direction.{block}` for the output of that block at coefficient 1, and
+        every other field for `from_gguf`. A vector that such a file cannot describe is refused.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        model_hint : str, optional
+            Family of the model, which llama.cpp ignores and repeng compares; else the `model_type` of `model` where
+            its config is on this machine, else `model`.
+
+        Raises
+        ------
+        UserError
+            The vector is for another site than `resid_post`, for some tokens only, or for block 0; or the `gguf`
+            package is not installed.
+        """
+        from nblens.steering.gguf_file import ControlVector, model_family, write_control_vector
+
+        unlike = {
+            f"at {self.site}, a control vector at resid_post": self.site != "resid_post",
+            f"to {self.write} tokens, a control vector to all": self.write != "all",
+            f"by {self.op!r}, a control vector by plain addition": self.op != "add",
+            "at block 0, where llama.cpp takes none: choose blocks with .at((1, …))": 0 in self.layers,
+        }
+        if reason := next((reason for reason, holds in unlike.items() if holds), None):
+            raise UserError(f"cannot write {path}: {self.name!r} is added {reason}; .safetensors takes any vector")
+        directions = {block: self.directions[block] for block in self.layers}
+        hint = model_hint or model_family(self.model)
+        return write_control_vector(path, ControlVector(directions, hint, self._plain()))
+
+    @classmethod
+    def from_gguf(cls, path: str | os.PathLike[str], name: str | None = None) -> SteeringVector:
+        """Read a control vector, written by `to_gguf`, by repeng's `export_gguf` or by llama.cpp; `name` renames it.
+
+        >>> session.vectors["happy"] = SteeringVector.from_gguf("happy.gguf")     # doctest: +SKIP
+
+        One from elsewhere is named after its file, and written at `resid_post` of every block that it has, to all
+        tokens. Its `model` is the file's `model_hint`.
+
+        Raises
+        ------
+        UserError
+            The file cannot be opened, or the `gguf` package is not installed.
+        FileFormatError
+            The file is damaged, or is no control vector.
+        """
+        from nblens.steering.gguf_file import read_control_vector
+
+        file = read_control_vector(path)
+        try:
+            if file.fields is None:
+                stem = re.sub(r"[^\w.-]", "_", Path(path).stem)
+                return cls(name or stem, file.directions, model=file.model_hint)
+            vector = cls._from_plain(file.directions, file.fields, name)
+            if (vector.site, vector.write, vector.op) != ("resid_post", "all", "add"):
+                raise ValueError(f"site {vector.site!r}, write {vector.write!r}, operation {vector.op!r}")
+            return vector
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileFormatError(f"{path} is damaged: {first_line(error)}") from error
+
+    def _plain(self) -> dict[str, Any]:
+        """All but the directions."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "directions"}
+
+    @classmethod
+    def _from_plain(
+        cls, directions: Mapping[int, np.ndarray], plain: Mapping[str, Any], name: str | None
+    ) -> SteeringVector:
+        plain = {
+            **plain,
+            "layers": tuple(int(block) for block in plain["layers"]),
+            "separation": _by_block(plain["separation"]),
+            "activation_norms": _by_block(plain.get("activation_norms", {})),
+            "name": name or str(plain["name"]),
+            "n_blocks": int(plain["n_blocks"]),
+        }
+        if plain.get("kl_range") is not None:
+            low, high = plain["kl_range"]
+            plain["kl_range"] = (float(low), float(high))
+        if not isinstance(plain["site"], str):
+            raise ValueError(f"site {plain['site']!r}")
+        return cls(directions=directions, **plain)
 
     def __mul__(self, factor: float) -> SteeringVector:
         if not math.isfinite(factor):
@@ -166,3 +264,11 @@ class SteeringVector:
             f"SteeringVector({self.name!r}, {self.site} of block {format_layers(self.layers)}, "
             f"norm {span}{origin}, {len(self.directions)} × {self.d_model})"
         )
+
+
+def _is_gguf(path: str | os.PathLike[str]) -> bool:
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def _by_block(numbers: Mapping[str, float]) -> dict[int, float]:
+    return {int(block): float(number) for block, number in numbers.items()}
