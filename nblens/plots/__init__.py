@@ -1,9 +1,10 @@
-"""Trajectories as matplotlib figures, made of plain arrays and free of pyplot's global state.
+"""Trajectories and steerability reports as matplotlib figures, made of plain arrays and free of pyplot's global state.
 
 >>> trajectory_grid(trajectory, metric="entropy").savefig("grid.png")            # doctest: +SKIP
 >>> token_curves(trajectory, tokens=[" Paris", " Berlin"])                      # doctest: +SKIP
 >>> depth_curves({"a short text": one, "many": [two, three]}, metric="kl")      # doctest: +SKIP
 >>> decided_histogram([one, two, three], against="next")                        # doctest: +SKIP
+>>> dose_response(report), layer_sweep(report)                                  # doctest: +SKIP
 
 Where several trajectories can be given, a dict is compared, part by part under its keys, and a list is taken
 together. matplotlib is imported when a figure is made, not before. A figure shows itself in a notebook, with or
@@ -14,5 +15,15 @@ from nblens.plots.bars import attribution_bars
 from nblens.plots.curves import depth_curves, token_curves
 from nblens.plots.decided import decided_histogram
 from nblens.plots.grid import trajectory_grid
+from nblens.plots.steerability import dose_response, layer_sweep, strength_curve
 
-__all__ = ["attribution_bars", "decided_histogram", "depth_curves", "token_curves", "trajectory_grid"]
+__all__ = [
+    "attribution_bars",
+    "decided_histogram",
+    "depth_curves",
+    "dose_response",
+    "layer_sweep",
+    "strength_curve",
+    "token_curves",
+    "trajectory_grid",
+]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LINE_COLORS",
     "SMALL",
+    "clear",
     "drawable",
     "label_ends",
     "new_figure",
@@ -84,6 +85,11 @@ def tidy(ax: Axes, layers: Sequence[int]) -> None:
     ax.set_xlabel("block")
     ax.set_xlim(layers[0] - 0.3, layers[-1] + 0.3)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    clear(ax)
+
+
+def clear(ax: Axes) -> None:
+    """No more lines than are needed, and small letters."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
