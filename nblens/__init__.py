@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nblens.results import Generation
     from nblens.session import Session
     from nblens.specs import Steer
+    from nblens.steering.samples import Sample
     from nblens.steering.vectors import SteeringVector
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ _LAZY = {
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
     "Lens": "nblens.lens.translators",
+    "Sample": "nblens.steering.samples",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
     "SteeringVector": "nblens.steering.vectors",
@@ -62,6 +64,7 @@ __all__ = [
     "Lens",
     "NblensError",
     "NoModelError",
+    "Sample",
     "Session",
     "Steer",
     "SteeringVector",

@@ -99,7 +99,12 @@ def load(
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
-    return _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
+    session = _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
+    if model is None:
+        from nblens.demo.corpus import neutral_texts
+
+        session.neutral_texts = neutral_texts(12)  # in its own small vocabulary
+    return session
 
 
 def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:

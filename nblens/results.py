@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from nblens.errors import UserError
 from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
@@ -14,7 +17,11 @@ from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture
 from nblens.specs import PHASES, ActivationSlice, Event, RunFinished, RunSpec
 
-__all__ = ["Generation", "RunResult"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["Generation", "RunResult", "Sweep"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +55,59 @@ class Generation:
 
     def __repr__(self) -> str:
         return f"Generation({self.text!r})"
+
+
+class Sweep(list[Generation]):
+    """One text per coefficient of a vector, in the order given, with what each did to a pair of answers.
+
+    Parameters
+    ----------
+    generations : iterable of Generation
+    name : str
+        The vector that was swept.
+    answers : (str, str), optional
+        Positive and negative answer.
+    propensities : numpy.ndarray, optional
+        float64 (n,): log P(positive) − log P(negative) after the prompt under each coefficient, nats.
+    """
+
+    def __init__(
+        self,
+        generations: Iterable[Generation],
+        name: str,
+        answers: tuple[str, str] | None = None,
+        propensities: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(generations)
+        self.name, self.answers, self.propensities = name, answers, propensities
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Of the vector, one per text."""
+        return tuple(generation.coefficient for generation in self)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each coefficient: its text, and its propensity where answers were given."""
+        import pandas as pd
+
+        columns = {"coefficient": self.coefficients, "text": [generation.text for generation in self]}
+        if self.propensities is not None:
+            columns["propensity"] = self.propensities
+        return pd.DataFrame(columns)
+
+    def plot(self) -> Figure:
+        """Propensity over the coefficient.
+
+        Raises
+        ------
+        UserError
+            The sweep was made without answers.
+        """
+        if self.propensities is None:
+            raise UserError('this sweep has no propensities to draw; give answers=(" yes", " no") to session.sweep')
+        from nblens.plots import strength_curve
+
+        return strength_curve(self.coefficients, self.propensities)
 
 
 class RunResult:

@@ -1250,6 +1250,6 @@ def test_a_coefficient_changed_before_memory_ran_out_holds_after_the_restart(ses
     capture = CaptureSpec((0, 1, 2), ("resid_post",))
     spec = RunSpec((tuple(prompt),), capture=capture, steering=session._writes(None, 1), chunk=4)
     with session.architecture.blocks[0].register_forward_hook(change):
-        events, _ = session._events(spec)
+        events, _ = session.events(spec)
     restarted = torch.cat([e.values for e in events if isinstance(e, ActivationSlice)][-6:], 1)
     assert torch.allclose(restarted, session.capture(prompt, steer={"v": 2.0}), atol=1e-4)

@@ -53,6 +53,13 @@ class TrajectoryDiff(Shown):
         return change
 
     @property
+    def parts_at(self) -> np.ndarray:
+        """The lowest layer read at which the two put different tokens first, int (n_tokens,); -1 where none does."""
+        layers = np.array(self.base.layers)[:, None]
+        lowest = np.where(self.top1_changed, layers, np.iinfo(int).max).min(0)
+        return np.where(self.top1_changed.any(0), lowest, -1)
+
+    @property
     def prob_uncertainty(self) -> np.ndarray:
         """By how much `metric("prob")` may be too large, (n_layers, n_tokens): 0 where it is exact.
 
@@ -69,8 +76,13 @@ class TrajectoryDiff(Shown):
     def __repr__(self) -> str:
         return (
             f"TrajectoryDiff({self.base.n_layers} layers × {self.base.n_tokens} tokens, "
-            f"top token changed in {self.top1_changed.sum()} of {self.top1_changed.size} cells)"
+            f"top token changed in {self.top1_changed.sum()} of {self.top1_changed.size} cells{self._from})"
         )
+
+    @property
+    def _from(self) -> str:
+        changed = self.parts_at[self.parts_at >= 0]
+        return f", from layer {changed.min()} on" if len(changed) else ""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -89,4 +101,4 @@ class Comparison(Shown):
         return self.base.diff(self.steered)
 
     def __repr__(self) -> str:
-        return f"Comparison(base={self.base!r}, steered={self.steered!r})"
+        return f"Comparison(base={self.base!r}, steered={self.steered!r}, diff={self.diff!r})"

@@ -46,6 +46,18 @@ def test_two_are_compared_over_the_tokens_they_share_from_the_start(other_ids, c
         assert diff.metric("entropy").shape == diff.top1_changed.shape == (3, common)
 
 
+def test_where_in_depth_two_part_is_the_lowest_layer_with_another_top_token():
+    base = trajectory_of(((7, 7, 7), (7, 7, 7), (7, 7, 7)), layers=(2, 5, 9))
+    top = base.top_ids.copy()
+    top[1:, 0, 0] = 99
+    top[0, 2, 0], top[2, 2, 0] = 99, 98
+    diff = base.diff(replace(base, top_ids=top))
+    assert diff.parts_at.tolist() == [5, -1, 2]
+    assert repr(diff).endswith("top token changed in 4 of 9 cells, from layer 2 on)")
+    assert base.diff(base).parts_at.tolist() == [-1, -1, -1]
+    assert repr(base.diff(base)).endswith("top token changed in 0 of 9 cells)")
+
+
 def test_the_longer_of_two_is_cut():
     base = trajectory_of()
     diff = TrajectoryDiff.between(base, base.truncated(2))

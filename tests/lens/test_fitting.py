@@ -13,12 +13,12 @@ from lenses import exact_translators
 from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model
 
 import nblens
-from nblens import session as session_module
+from nblens import progress as progress_module
 from nblens.demo import corpus
 from nblens.errors import DeviceMemoryError, Interrupted, UserError
 from nblens.lens import fitting, jacobian
 from nblens.lens.fitting import hold_out
-from nblens.specs import FitProgress, FitSpec
+from nblens.specs import FitSpec, Progress
 
 TEXTS = [prompt_ids(length, seed=length) for length in (22, 3, 30, 19)]  # the last is held out
 TRAIN, HELD_OUT = TEXTS[:3], TEXTS[3]
@@ -275,7 +275,7 @@ class Bar:
 @pytest.mark.parametrize(("kind", "n_steps"), [("tuned", 4), ("jacobian", 7 + 11)])
 def test_a_bar_counts_the_steps(llama, monkeypatch, kind, n_steps):
     monkeypatch.setattr(Bar, "made", ())
-    monkeypatch.setattr(session_module, "tqdm", Bar)
+    monkeypatch.setattr(progress_module, "tqdm", Bar)
     llama.fit_lens(TEXTS, kind, **({"steps": 4} if kind == "tuned" else {"batch_tokens": 110}))
     (bar,) = Bar.made
     assert bar.n == bar.options["total"] == n_steps
@@ -306,7 +306,7 @@ def interrupt_at_step(session, monkeypatch, number):
 
         def interrupting_put(event):
             put(event)
-            if isinstance(event, FitProgress):
+            if isinstance(event, Progress):
                 seen.append(event.step)
                 if event.step == number:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)

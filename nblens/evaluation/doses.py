@@ -1,0 +1,57 @@
+"""`Dose`: one vector at several coefficients; many of them become the settings of one scoring request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nblens.specs import SteeringWrite
+from nblens.steering.vectors import SteeringVector
+
+__all__ = ["Dose", "settings_of"]
+
+
+@dataclass(frozen=True)
+class Dose:
+    """A direction per block, written in one way at several coefficients."""
+
+    directions: Mapping[int, np.ndarray]
+    """block → float32 (d_model,)"""
+    coefficients: tuple[float, ...]
+    site: str = "resid_post"
+    write: str = "all"
+    op: str = "add"
+
+    @classmethod
+    def of(cls, vector: SteeringVector, coefficients: Sequence[float], layers: Sequence[int] | None = None) -> Dose:
+        """A vector as it is written by default, at its own blocks or at others."""
+        blocks = vector.layers if layers is None else layers
+        directions = {block: vector.directions[block] for block in blocks}
+        return cls(directions, tuple(coefficients), vector.site, vector.write, vector.op)
+
+    def toward(self, directions: Mapping[int, np.ndarray], coefficients: Sequence[float]) -> Dose:
+        """Other directions, written in the same way."""
+        return replace(self, directions=directions, coefficients=tuple(coefficients))
+
+    def random(self, generator: np.random.Generator, coefficients: Sequence[float]) -> Dose:
+        """Directions drawn at random, as long as these at every block."""
+        drawn = {}
+        for block, own in self.directions.items():
+            direction = generator.standard_normal(len(own))
+            length = np.linalg.norm(own) / np.linalg.norm(direction)
+            drawn[block] = (direction * length).astype(np.float32)
+        return self.toward(drawn, coefficients)
+
+
+def settings_of(doses: Sequence[Dose], *, unsteered: int = 0) -> tuple[int, tuple[SteeringWrite, ...]]:
+    """How many settings doses make, dose after dose after some without steering, and what is written in each."""
+    n_settings = unsteered + sum(len(dose.coefficients) for dose in doses)
+    writes, place = [], unsteered
+    for number, dose in enumerate(doses):
+        coefficients: list[float | None] = [None] * n_settings
+        coefficients[place : place + len(dose.coefficients)] = dose.coefficients
+        place += len(dose.coefficients)
+        writes.append(SteeringWrite(f"{number}", dose.site, dose.directions, tuple(coefficients), dose.write, dose.op))
+    return n_settings, tuple(writes)

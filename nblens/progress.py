@@ -1,0 +1,40 @@
+"""A bar for requests that take a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm.auto import tqdm
+
+from nblens.specs import Event, Progress, Scores
+
+__all__ = ["progress_bar"]
+
+
+@contextmanager
+def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterator[Callable[[Event], None]]:
+    """What shows a request's events as a bar, where there are two seconds of them or more.
+
+    Parameters
+    ----------
+    total : int, optional
+        How many `Scores` will come; other requests say it themselves, in each `Progress`.
+    """
+    bars: list[tqdm] = []
+
+    def watch(event: Event) -> None:
+        if not isinstance(event, (Progress, Scores)):
+            return
+        if not bars:
+            n_steps = total if isinstance(event, Scores) else event.n_steps
+            bars.append(tqdm(total=n_steps, desc=title, disable=not shown, delay=2, leave=False))
+        if isinstance(event, Progress) and event.kl is not None:
+            bars[0].set_postfix_str(f"KL {event.kl:.3f}", refresh=False)
+        bars[0].update()
+
+    try:
+        yield watch
+    finally:
+        for bar in bars:
+            bar.close()
