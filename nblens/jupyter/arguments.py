@@ -15,21 +15,16 @@ from typing import Any
 
 from nblens.errors import UserError
 from nblens.lens.trajectory import METRICS
-from nblens.specs import WRITE_POSITIONS
 
 __all__ = [
-    "EXTRACT",
     "GENERATE",
     "LENS",
     "LOAD",
-    "STEER",
-    "STEER_COMMANDS",
     "MagicParser",
+    "add_output",
     "coefficients",
     "contrast_pairs",
 ]
-
-STEER_COMMANDS = ("off", "list", "save", "load", "show")
 
 _WORD = re.compile(r"""\s*((?:[^\s"']|"[^"]*"|'[^']*')+)(?=\s|$)""")
 _SETTING = re.compile(r"([\w.\-]+)=([+-]?(?:\d|\.\d|inf|nan)\S*)", re.IGNORECASE)
@@ -215,11 +210,8 @@ def _memory(text: str) -> tuple[int | str, str]:
     return int(device) if device.isdecimal() else device, size
 
 
-def _position(text: str) -> str | int:
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
-
-
-def _add_output(parser: MagicParser, what: str) -> None:
+def add_output(parser: MagicParser, what: str) -> None:
+    """Describe the options that every magic has."""
     parser.add_argument("-o", dest="output", metavar="NAME", help=f"bind the {what} to a variable")
     parser.add_argument("--help", action="store_true", help="show this and do nothing")
 
@@ -259,7 +251,7 @@ def _load() -> MagicParser:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--status", action="store_true", help="show what is loaded and where")
     parser.add_argument("--unload", action="store_true", help="free the model")
-    _add_output(parser, "Session")
+    add_output(parser, "Session")
     return parser
 
 
@@ -288,7 +280,7 @@ def _lens() -> MagicParser:
     parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of HTML")
     parser.add_argument("--save", metavar="FILE", help="write to .json, .safetensors, .html, .png, .svg or .pdf")
     _add_prompt(parser)
-    _add_output(parser, "Trajectory (with --compare: Comparison)")
+    add_output(parser, "Trajectory (with --compare: Comparison)")
     return parser
 
 
@@ -305,40 +297,8 @@ def _generate() -> MagicParser:
     parser.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that make up P")
     parser.add_argument("--compare", action="store_true", help="without and with steering, side by side")
     _add_prompt(parser)
-    _add_output(parser, "Generation (with --compare: Comparison)")
+    add_output(parser, "Generation (with --compare: Comparison)")
     return parser
 
 
-def _extract() -> MagicParser:
-    parser = MagicParser(
-        "%%steer",
-        usage="%%steer NAME [options]      and contrast pairs in the body, '+ text' or '- text' on a line",
-        description="Make a steering vector from contrast pairs.",
-        examples="  %%steer cheerful\n  + I am so happy today\n  - I am so sad today",
-    )
-    parser.add_argument("--method", default="mean_diff", help="how directions are computed (default: mean_diff)")
-    parser.add_argument("--layers", metavar="SPEC", help="blocks to write at (default: the one that separates best)")
-    parser.add_argument("--site", default="resid_post", help="where it is read and written (default: resid_post)")
-    parser.add_argument(
-        "--read", type=_position, default="last", help="token that is read: last (default), mean, or an index"
-    )
-    parser.add_argument("--write", choices=WRITE_POSITIONS, help="tokens it is added to (default: all)")
-    _add_output(parser, "SteeringVector")
-    return parser
-
-
-def _steer() -> MagicParser:
-    parser = MagicParser(
-        "%steer",
-        usage="%steer [NAME=λ ...] [options]\n       %steer off | list | show NAME | save NAME FILE | load FILE",
-        description="Steer by vectors that exist; without arguments, show what steers now.\n"
-        "Names that are left out keep their coefficient. %%steer NAME makes a vector.",
-        examples="  %steer cheerful=1.5 formal=-1\n  %steer off\n  %steer save cheerful cheerful.safetensors",
-    )
-    parser.add_argument("--layers", metavar="SPEC", help="blocks to write at (default: the vector's own)")
-    parser.add_argument("--write", choices=WRITE_POSITIONS, help="tokens to add to (default: the vector's own)")
-    _add_output(parser, "SteeringVector that is loaded or shown")
-    return parser
-
-
-LOAD, LENS, GENERATE, EXTRACT, STEER = _load(), _lens(), _generate(), _extract(), _steer()
+LOAD, LENS, GENERATE = _load(), _lens(), _generate()

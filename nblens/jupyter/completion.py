@@ -10,7 +10,9 @@ from typing import Any
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
 
 from nblens.errors import NoModelError
-from nblens.jupyter.arguments import EXTRACT, GENERATE, LENS, LOAD, STEER, STEER_COMMANDS, MagicParser
+from nblens.jupyter.arguments import GENERATE, LENS, LOAD, MagicParser
+from nblens.jupyter.steer_arguments import COMMANDS, EXTRACT, STEER
+from nblens.specs import EXTRACTION_METHODS, WRITE_POSITIONS
 
 __all__ = ["complete_line", "match_magic"]
 
@@ -73,10 +75,10 @@ def _value(option: str, fragment: str) -> tuple[str, list[str]]:
 
 def _steer_words(words: list[str]) -> list[str]:
     if not words:
-        return [*STEER_COMMANDS, *_settings()]
-    if words[0] in ("show", "save") and len(words) == 1:
+        return [*COMMANDS, *_settings()]
+    if words[0] in ("show", "save", "sweep", "eval") and len(words) == 1:
         return _vectors()
-    return [] if words[0] in STEER_COMMANDS else _settings()
+    return [] if words[0] in COMMANDS else _settings()
 
 
 def _session() -> Any:
@@ -116,14 +118,6 @@ def _sites() -> Iterable[str]:
     return SITES
 
 
-def _methods() -> Iterable[str]:
-    if _session() is None:
-        return ["mean_diff"]
-    from nblens.steering.extraction import METHODS
-
-    return METHODS
-
-
 def _choices(parser: MagicParser, option: str) -> Callable[[], Iterable[str]]:
     return lambda: parser.options[option].choices or ()
 
@@ -131,13 +125,14 @@ def _choices(parser: MagicParser, option: str) -> Callable[[], Iterable[str]]:
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "--metric": _choices(LENS, "--metric"),
     "--lens": _lenses,
-    "--write": _choices(STEER, "--write"),
+    "--write": lambda: WRITE_POSITIONS,
+    "--op": _choices(STEER, "--op"),
     "--steer": lambda: ["off", *_settings()],
     "--layers": _layers,
     "--sites": _sites,
     "--site": _sites,
-    "--method": _methods,
-    "--read": lambda: ["last", "mean"],
+    "--method": lambda: EXTRACTION_METHODS,
+    "--read": lambda: ["last", "label", "mean"],
     "--dtype": lambda: ["auto", "float32", "bfloat16", "float16"],
     "--devices": lambda: ["auto", "cpu", "cuda:0"],
 }

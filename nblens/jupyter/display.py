@@ -22,8 +22,9 @@ from nblens.lens.trajectory import Trajectory
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from nblens.results import Generation
+    from nblens.results import Generation, Sweep
     from nblens.session import Session
+    from nblens.steering.report import SteerabilityReport
     from nblens.steering.vectors import SteeringVector
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "register",
     "setting_table",
     "show_as",
+    "steerability_table",
+    "sweep_table",
     "unregister",
     "vector_blocks_table",
     "vectors_table",
@@ -160,6 +163,11 @@ def setting_table(session: Session) -> Table:
     return Table(f"steering is off (vectors: {known})")
 
 
+def steerability_table(report: SteerabilityReport) -> Table:
+    """What a steerability report says, measure by measure."""
+    return Table("", ("measure", "value"), report.rows)
+
+
 def _blocks_written(session: Session, name: str, layers: Any) -> str:
     return format_layers(session.vectors[name].layers) if layers is None else str(layers)
 
@@ -199,6 +207,16 @@ def _generation_html(generation: Generation) -> str:
     )
 
 
+def sweep_table(sweep: Sweep) -> Table:
+    """A sweep's texts under their coefficients, with propensities where there are some."""
+    rows = [[short_number(generation.coefficient), plain(generation.text)] for generation in sweep]
+    if sweep.propensities is None:
+        return Table("", (f">{sweep.name}", "text"), rows)
+    positive, negative = (plain(answer).strip() for answer in sweep.answers)
+    rows = [[c, f"{value:+.2f}", text] for (c, text), value in zip(rows, sweep.propensities, strict=True)]
+    return Table("", (f">{sweep.name}", f">{positive} − {negative}", "text"), rows)
+
+
 def _comparison_text(comparison: Comparison) -> str:
     if not (comparison.base_text or comparison.steered_text):
         return repr(comparison)
@@ -216,6 +234,14 @@ _TYPES: dict[Any, dict[str, Renderer]] = {
     SiteTrajectories: {HTML: render_fragment, PNG: _nothing},
     # named, not imported: torch is loaded with the first model, not with the extension
     "nblens.results.Generation": {HTML: _generation_html, TEXT: _generation_text},
+    "nblens.results.Sweep": {
+        HTML: lambda sweep: sweep_table(sweep)._repr_html_(),
+        TEXT: lambda sweep: repr(sweep_table(sweep)),
+    },
+    "nblens.steering.report.SteerabilityReport": {
+        HTML: lambda report: steerability_table(report)._repr_html_(),
+        PNG: _nothing,
+    },
     "nblens.session.Session": {
         HTML: lambda session: placement_table(session)._repr_html_(),
         TEXT: lambda session: repr(placement_table(session)),

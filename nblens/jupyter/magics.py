@@ -17,31 +17,27 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
-from IPython.display import display
 
 from nblens.errors import DeviceMemoryError, Interrupted, NoModelError, UnsupportedModelError, UserError
 from nblens.files import replace_file
 from nblens.jupyter import display as shown
+from nblens.jupyter import steering
 from nblens.jupyter.arguments import (
-    EXTRACT,
     GENERATE,
     LENS,
     LOAD,
-    STEER,
-    STEER_COMMANDS,
     MagicParser,
     coefficients,
     contrast_pairs,
 )
 from nblens.jupyter.completion import match_magic
+from nblens.jupyter.steer_arguments import COMMANDS, EXTRACT, STEER
 from nblens.lens.html import render_fragment, render_texts
-from nblens.specs import Steer
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -187,24 +183,9 @@ class NblensMagics(Magics):
     @line_magic
     @_described(STEER, EXTRACT)
     def steer(self, options: Namespace, body: None) -> Any:
-        """Set, show, save or load what steers."""
+        """Set, make, measure, show, save or load what steers."""
         session = _session()
-        command, *rest = options.words or [""]
-        if command in STEER_COMMANDS:
-            return _steer_command(session, command, rest)
-        if command and "=" not in command:
-            raise UserError(f"{command!r} is neither NAME=NUMBER nor one of {', '.join(STEER_COMMANDS)}")
-        if options.words:
-            setting = coefficients(options.words)
-            if options.layers is None and options.write is None:
-                session.steer(setting)
-            else:
-                session.steer(
-                    Steer(name, value, layers=options.layers, write=options.write or session.vectors[name].write)
-                    for name, value in setting.items()
-                )
-        display(shown.setting_table(session))
-        return None
+        return _run(lambda: steering.steer(session, options))
 
     @cell_magic("steer")
     @_described(STEER, EXTRACT)
@@ -213,18 +194,11 @@ class NblensMagics(Magics):
         if len(options.words) != 1:
             raise UserError("%%steer takes the name of one vector, and contrast pairs in the cell's body")
         (name,) = options.words
-        if name in STEER_COMMANDS:
+        if name in COMMANDS:
             raise UserError(f"{name!r} is a command of %steer; give the vector another name")
         pairs = contrast_pairs(body)
         session = _session()
-        vector = _run(
-            lambda: session.extract(
-                name, pairs, method=options.method, site=options.site, layers=options.layers, read=options.read
-            )
-        )
-        if vector is not None and options.write:
-            session.vectors[name] = vector = replace(vector, write=options.write)
-        return vector
+        return _run(lambda: steering.extract_vector(session, options, name, pairs))
 
     def _prompt(self, options: Namespace, body: str | None) -> str:
         if body is None:
@@ -270,31 +244,6 @@ def _steering(words: list[str] | None) -> dict[str, float] | None:
     if words is None:
         return None
     return {} if words == ["off"] else coefficients(words)
-
-
-def _steer_command(session: Session, command: str, words: list[str]) -> Any:
-    expected = {"off": "", "list": "", "show": "NAME", "save": "NAME FILE", "load": "FILE"}[command]
-    if len(words) != len(expected.split()):
-        raise UserError(f"write %steer {command} {expected}".rstrip())
-    if command == "off":
-        session.steer.off()
-        display(shown.setting_table(session))
-        return None
-    if command == "list":
-        display(shown.vectors_table(session.vectors.values()))
-        return None
-    if command == "load":
-        from nblens.steering.vectors import SteeringVector
-
-        vector = SteeringVector.load(words[0])
-        session.vectors[vector.name] = vector
-        return vector
-    vector = session.vectors[words[0]]
-    if command == "save":
-        print(f"wrote {vector.save(words[1])}")
-        return None
-    display(shown.vector_blocks_table(vector))
-    return vector
 
 
 def _check_variable(name: str | None) -> None:

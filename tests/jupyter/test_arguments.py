@@ -1,7 +1,8 @@
 import pytest
 
 from nblens.errors import UserError
-from nblens.jupyter.arguments import EXTRACT, GENERATE, LENS, LOAD, STEER, coefficients, contrast_pairs
+from nblens.jupyter.arguments import GENERATE, LENS, LOAD, coefficients, contrast_pairs
+from nblens.jupyter.steer_arguments import EXTRACT, STEER
 
 PARSERS = [LENS, GENERATE, LOAD, STEER, EXTRACT]
 
@@ -93,7 +94,7 @@ def test_a_read_position_is_a_name_or_an_index(word, read):
         (LENS, "The capital --top-k 3", "%lens: --top-k stands after the text; options come first"),
         (LENS, "The capital --top-k=3", "%lens: --top-k=3 stands after the text"),
         (LOAD, "x --max-memory 20GiB", "write DEVICE=SIZE, such as 0=20GiB or cpu=60GiB; got '20GiB'"),
-        (EXTRACT, "x --write nowhere", "%%steer: --write: invalid choice: 'nowhere'"),
+        (EXTRACT, "x --write nowhere", "%%steer: --write: write position 'nowhere' is unknown; one of all"),
         (GENERATE, "--max-new-tokens 1.5 x", "invalid int value: '1.5'"),
     ],
 )

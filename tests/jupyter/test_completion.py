@@ -57,7 +57,8 @@ def test_lenses_complete(complete, session):
 
 def test_commands_of_steer_complete(complete, vectors):
     assert set(complete("%steer ")) == {
-        "%steer off", "%steer list", "%steer save", "%steer load", "%steer show", "%steer cheerful=", "%steer formal=",
+        "%steer off", "%steer list", "%steer save", "%steer load", "%steer show", "%steer extract", "%steer sweep",
+        "%steer eval", "%steer experiment", "%steer cheerful=", "%steer formal=",
     }  # fmt: skip
     assert complete("%steer li") == ["%steer list"]
 
@@ -67,7 +68,12 @@ def test_sites_methods_positions_and_layers_complete(complete, session):
     assert complete("%lens --sites resid_pre,resid_po") == ["%lens --sites resid_pre,resid_post"]
     assert complete("%%steer x --method me") == ["%%steer x --method mean_diff"]
     assert complete("%%steer x --write gen") == ["%%steer x --write generated"]
+    assert complete("%%steer x --method ") == [
+        "%%steer x --method " + name for name in ("logistic", "mean_diff", "pca_center", "pca_diff")
+    ]
+    assert complete("%steer extract x f.csv --method pca_d") == ["%steer extract x f.csv --method pca_diff"]
     assert complete("%%steer x --read me") == ["%%steer x --read mean"]
+    assert complete("%%steer x --read la") == ["%%steer x --read label", "%%steer x --read last"]
     assert "%lens --layers 0-2" in complete("%lens --layers ")
     assert "%lens --layers 0-2" in complete("%lens --layers 0")
 
@@ -82,6 +88,8 @@ def test_files_still_complete(complete, session, tmp_path, monkeypatch):
     (tmp_path / "cheerful_vector.safetensors").touch()
     assert "%steer load cheerful_vector.safetensors" in complete("%steer load cheerful_v")
     assert "%lens --lens cheerful_vector.safetensors" in complete("%lens --lens cheerful_v")
+    (tmp_path / "control_vector.gguf").touch()
+    assert complete("%steer load control_v") == ["%steer load control_vector.gguf"]
 
 
 def test_without_a_model_there_are_no_vectors(complete):

@@ -1,5 +1,6 @@
 import gc
 
+from reports import made_up_report
 from trajectories import made_up, made_up_pair
 
 from nblens.jupyter import display
@@ -61,3 +62,22 @@ def test_a_picture_leaves_the_text_as_it_was(shell):
     show_as(trajectory, png=lambda _: b"\x89PNG")
     data, _ = shell.display_formatter.format(trajectory)
     assert data == {"text/plain": repr(trajectory), "image/png": b"\x89PNG"}
+
+
+def test_a_steerability_report_is_shown_as_a_table(shell):
+    report = made_up_report(name="<b>")
+    data, _ = shell.display_formatter.format(report)
+    assert data["text/plain"] == repr(report)
+    assert "image/png" not in data
+    source = data["text/html"]
+    assert source.count("<tr>") == 1 + len(report.rows)
+    assert '<td style="text-align:left">anti-steerable</td><td style="text-align:left">25.0%</td>' in source
+    assert "&lt;b&gt;: mean_diff" in source
+    assert "<b>" not in source
+
+
+def test_a_steerability_report_may_be_shown_as_a_picture(shell):
+    report = made_up_report()
+    show_as(report, png=lambda _: b"\x89PNG")
+    data, _ = shell.display_formatter.format(report)
+    assert data == {"text/plain": repr(report), "image/png": b"\x89PNG"}

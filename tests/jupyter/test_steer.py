@@ -1,5 +1,8 @@
 """%steer and %%steer in a real shell on a tiny real model."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -51,6 +54,25 @@ def test_options_of_extraction(run, session):
     assert run(f"%%steer w --read -2\n{BODY}").value.read == "-2"
     run("%steer v=1")
     assert session.steer.setting["v"].write == "generated"
+
+
+def test_pairs_of_a_file_make_a_vector(run, session, tmp_path):
+    path = tmp_path / "my pairs.csv"
+    path.write_text("positive,negative\n" + "\n".join(",".join(pair) for pair in PAIRS))
+    cell = run(f"%steer extract v '{path}' --method pca_center --read 1-2 --layers 0 --write prompt -o made")
+    expected = session.extract("expected", PAIRS, method="pca_center", read="1-2")
+    assert np.array_equal(cell.value.directions[1], expected.directions[1])
+    stored = session.vectors["v"]
+    assert (stored.method, stored.read, stored.layers, stored.write) == ("pca_center", "1-2", (0,), "prompt")
+
+
+@pytest.mark.parametrize("cell", ["%%steer v --chat\n+ cat\n- dog", "%steer extract v FILE --chat"])
+def test_texts_go_through_the_chat_template(run, session, tmp_path, cell):
+    (tmp_path / "x.jsonl").write_text('["cat", "dog"]')
+    session.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} one day{% endfor %}"
+    made = run(cell.replace("FILE", str(tmp_path / "x.jsonl"))).value
+    session.tokenizer.chat_template = None
+    assert not np.array_equal(made.directions[1], session.extract("plain", [("cat", "dog")]).directions[1])
 
 
 def test_set_show_and_off(run, session, vector):
@@ -127,6 +149,32 @@ def test_save_and_load_bring_a_vector_back(run, session, vector, tmp_path):
     assert cell.value.name == "cheerful"
 
 
+def test_save_and_load_a_control_vector(run, session, vector, tmp_path):
+    block = vector.layers[0]
+    path = tmp_path / "my vector.gguf"
+    cell = run(f"%steer save cheerful '{path}'")
+    assert cell.stdout == f"wrote {path}\n"
+    assert path.read_bytes()[:4] == b"GGUF"
+    del session.vectors["cheerful"]
+    cell = run(f'%steer load "{path}" -o v')
+    assert shown(cell) == repr(cell.value)
+    assert list(session.vectors["cheerful"].directions) == [block]
+    assert np.array_equal(cell.value.directions[block], vector.directions[block])
+    assert cell.value.n_pairs == 2
+    run("%steer cheerful=1.5")
+    assert session.steer.setting["cheerful"].coefficient == 1.5
+
+
+def test_the_help_names_both_kinds_of_file(run):
+    assert ".safetensors, or .gguf: a control vector" in run("%steer --help").stdout
+
+
+def test_a_vector_that_no_control_vector_can_say_is_not_saved_as_one(refused, session, vector, tmp_path):
+    session.vectors["inner"] = replace(vector, site="resid_pre")
+    assert "'inner' is added at resid_pre" in refused(f"%steer save inner {tmp_path}/v.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_stopped_extraction_is_one_line(run, session, shell, monkeypatch):
     def stop(*_, **__):
         raise Interrupted("extraction was stopped; no vector was made")
@@ -156,6 +204,14 @@ def test_a_stopped_extraction_is_one_line(run, session, shell, monkeypatch):
         ("%steer cheerful=x", "steering is set as NAME=NUMBER, such as cheerful=1.5; got 'cheerful=x'"),
         ("%steer cheerful", "'cheerful' is neither NAME=NUMBER nor one of off, list, save, load, show"),
         ("%steer cheerful=1 --layers 9", "layer 9 is out of range"),
+        ("%steer extract v", "write %steer extract NAME FILE"),
+        ("%steer extract v x.txt", "pairs are read from .jsonl, .json, .csv files; got 'x.txt'"),
+        ("%steer extract v no.csv", "cannot read no.csv: No such file"),
+        ("%steer cheerful=1 --read 0", "%steer NAME=λ has no option --read; it belongs to %steer extract, experiment"),
+        (
+            "%steer list --chat",
+            "%steer list has no option --chat; it belongs to %steer extract, sweep, eval, experiment",
+        ),
         ("%steer show", "write %steer show NAME"),
         ("%steer show gloomy", "steering vector 'gloomy' is unknown"),
         ("%steer save cheerful", "write %steer save NAME FILE"),
@@ -183,3 +239,75 @@ def test_a_vector_of_another_model_is_refused(refused, session, tmp_path):
 def test_a_damaged_file_is_refused(refused, session, tmp_path):
     (tmp_path / "v").write_bytes(b"\x80\x04not safetensors")
     assert "is not a sound safetensors file" in refused(f"%steer load {tmp_path}/v")
+    (tmp_path / "v.gguf").write_bytes(b"GGUF and no more")
+    assert "is not a sound control vector" in refused(f"%steer load {tmp_path}/v.gguf")
+
+
+SAMPLES = [
+    {"prompt": f"the {word}", "positive": f" {a}", "negative": f" {b}"}
+    for word in ("cat", "dog", "big", "red")
+    for a, b in (("one", "two"), ("sat", "ran"), ("red", "big"))
+]
+
+
+@pytest.fixture
+def samples(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(map(json.dumps, SAMPLES)))
+    return path
+
+
+def test_a_sweep_shows_texts_and_propensities_side_by_side(run, session, vector):
+    cell = run(
+        '%steer sweep cheerful "one cat" --coefficients -1,0,2 --answers " sat, ran" --max-new-tokens 3 -o sweep'
+    )
+    sweep = session.sweep("one cat", "cheerful", (-1, 0, 2), 3, answers=(" sat", " ran"))
+    assert [g.token_ids for g in cell.value] == [g.token_ids for g in sweep]
+    assert np.array_equal(cell.value.propensities, sweep.propensities)
+    lines = shown(cell).split("\n")
+    assert len(lines) == 4
+    assert [float(line.split()[1]) for line in lines[1:]] == [round(float(p), 2) for p in sweep.propensities]
+
+
+def test_a_vector_is_measured_on_a_file(run, session, vector, samples):
+    cell = run(f"%steer eval cheerful '{samples}' --no-controls --coefficients -1,0,1 -o report")
+    expected = session.steerability("cheerful", str(samples), (-1, 0, 1), controls=False)
+    assert cell.error is None
+    assert cell.value.dose_response.mean_slope == expected.dose_response.mean_slope
+    assert cell.value.random_slopes is None
+    assert "slope" in shown(cell)
+
+
+def test_an_experiment_makes_chooses_and_measures_in_one_line(run, session, samples):
+    cell = run(
+        f"%steer experiment made '{samples}' --site resid_post --layers 0-1 --op rotate --write prompt --seed 3 "
+        "--coefficients -1,0,1 --no-controls -o report"
+    )
+    assert cell.error is None
+    assert sum(cell.value.splits.values()) == len(SAMPLES)
+    assert set(cell.value.layer_slopes) == {0, 1}
+    kept = session.vectors["made"]
+    assert (kept.layers, kept.write, kept.op, kept.read) == ((cell.value.chosen_layer,), "prompt", "rotate", "label")
+    assert kept.kl_range is not None
+
+
+def test_an_operation_and_a_range_are_set_from_the_line(run, session, vector):
+    run("%steer cheerful=1 --op ablate --write 1-2")
+    steer = session.steer.setting["cheerful"]
+    assert (steer.op, steer.write) == ("ablate", "1-2")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("%steer sweep cheerful one cat", "write %steer sweep NAME PROMPT; put quotes around a prompt"),
+        ("%steer sweep cheerful x --answers yes", "write two answers with a comma between them"),
+        ("%steer sweep cheerful x --coefficients a", "write numbers with commas between them, such as -1,0,1; got 'a'"),
+        ("%steer eval nobody x.jsonl", "steering vector 'nobody' is unknown"),
+        ("%steer eval cheerful no.jsonl", "cannot read no.jsonl"),
+        ("%steer experiment x", "write %steer experiment NAME FILE"),
+        ("%steer cheerful=1 --write label", "only scored answers have one; give write='last'"),
+    ],
+)
+def test_a_mistake_in_measuring_is_one_line(refused, session, vector, line, message):
+    assert message in refused(line)
