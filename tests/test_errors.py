@@ -128,7 +128,7 @@ MISTAKES = {
     "unknown extraction site": (lambda s: s.extract("x", PAIRS, site="q"), r"'q' is unknown; one of resid_pre"),
     "unknown read position": (
         lambda s: s.extract("x", PAIRS, read="first"),
-        r"'first' is unknown; one of last, mean or an",
+        r"'first' is unknown; one of last, label, mean, an",
     ),
     "read position outside": (lambda s: s.extract("x", PAIRS, read=40), r"position 40 is outside a text of \d tokens"),
     "extraction layer": (lambda s: s.extract("x", PAIRS, layers=5), r"layer 5 is out of range; .* 0-2"),

@@ -1,0 +1,120 @@
+"""What steering costs, and what a coefficient per row saves, on the built-in model.
+
+    python -m benchmarks.steering_speed [--repeats 9]
+
+Three ratios of processor time on one thread, medians of turns in which both sides run one after the other:
+
+decode      seven coefficients as seven rows of one batch, against seven runs of one row (32 new tokens)
+score       the same for the log-probabilities of two answers, nothing shared before the first write
+overhead    generation at batch 1 with a vector at every block, and with hooks that hand their tensor back, both
+            against generation without hooks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import nblens
+from nblens.demo import corpus
+from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.runtime.backend import Control
+from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec, Steer
+
+COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+
+
+def in_turns(repeats: int, *sides: Callable[[], object]) -> list[list[float]]:
+    """Processor seconds of each side in each turn."""
+    for side in sides:
+        side()
+    turns = []
+    for _ in range(repeats):
+        turn = []
+        for side in sides:
+            began = time.process_time()
+            side()
+            turn.append(time.process_time() - began)
+        turns.append(turn)
+    return turns
+
+
+def ratio(turns: list[list[float]], side: int, against: int) -> float:
+    """Median over the turns."""
+    return statistics.median(turn[side] / turn[against] for turn in turns)
+
+
+def measure(repeats: int, new_tokens: int) -> dict[str, float]:
+    """The ratios."""
+    session = nblens.load()
+    engine = session.backend._engine
+    session.extract("cheerful", corpus.contrast_pairs("mood", "train", 64))
+    prompt = session.build.one_prompt(corpus.behavior_samples("mood", n=1)[0].prompt, "generate")
+    blocks = tuple(range(session.architecture.n_blocks))
+
+    generated = GenerationSpec(new_tokens, options={"min_new_tokens": new_tokens})
+    unsteered = RunSpec((prompt,), generation=generated)
+
+    def run(spec: RunSpec | ScoringSpec) -> None:
+        engine.run(spec, lambda event: None, Control())
+
+    def generation(coefficients: tuple[float, ...], layers: object = None) -> RunSpec:
+        write = session.vectors.write(Steer("cheerful", layers=layers), coefficients)
+        return RunSpec((prompt,) * len(coefficients), generation=generated, steering=(write,))
+
+    def scoring(coefficients: tuple[float, ...]) -> ScoringSpec:
+        text = ScoredText(prompt, len(prompt), ((5,), (6,)))
+        write = session.vectors.write(Steer("cheerful"), coefficients)
+        return ScoringSpec((text,), len(coefficients), (write,))
+
+    decode = in_turns(
+        repeats,
+        lambda: run(generation(COEFFICIENTS)),
+        lambda: [run(generation((c,))) for c in COEFFICIENTS],
+    )
+    score = in_turns(
+        repeats * 3,
+        lambda: run(scoring(COEFFICIENTS)),
+        lambda: [run(scoring((c,))) for c in COEFFICIENTS],
+    )
+    points = [HookPoint(session.architecture.blocks[block], edit=lambda hidden: hidden) for block in blocks]
+
+    def bare_hooks() -> None:
+        with Instrumentation(points):
+            run(unsteered)
+
+    overhead = in_turns(
+        repeats * 3,
+        lambda: run(unsteered),
+        bare_hooks,
+        lambda: run(generation((0.01,), "0-11")),
+    )
+    bare, steered = ratio(overhead, 1, 0) - 1, ratio(overhead, 2, 0) - 1
+    return {
+        "decode": ratio(decode, 0, 1),
+        "score": ratio(score, 0, 1),
+        "overhead_bare_hook": bare,
+        "overhead_steering": steered,
+        "points_over_bare_hook": 100 * (steered - bare),
+        "prompt_tokens": len(prompt),
+    }
+
+
+def main() -> None:
+    """Measure and print, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = measure(options.repeats, options.new_tokens)
+    print(json.dumps({**vars(options), "torch": torch.__version__, **{k: round(v, 4) for k, v in result.items()}}))
+
+
+if __name__ == "__main__":
+    main()
