@@ -114,7 +114,7 @@ MISTAKES = {
         lambda s: Steer("v", 1.0, write="first"),
         r"'first' is unknown; one of all, prompt, generated",
     ),
-    "unknown operation": (lambda s: Steer("v", 1.0, op="clamp"), r"'clamp' is unknown; one of add"),
+    "unknown operation": (lambda s: Steer("v", 1.0, op="multiply"), r"'multiply' is unknown; one of add, ablate"),
     "name that cannot be typed": (lambda s: s.extract("a b", PAIRS), r"letters, digits, .*got 'a b'"),
     # extraction
     "no pairs": (lambda s: s.extract("x", []), r"no contrast pairs; give \(positive text, negative text\) tuples"),

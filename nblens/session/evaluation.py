@@ -92,6 +92,7 @@ class Evaluation:
     ) -> tuple[SteeringVector, SteerabilityReport]:
         """Make a vector on one split of the samples, choose its block on a second, measure it on a third."""
         check_op(name, extraction["site"], op)
+        coefficients, neutral = self._checked_coefficients(name), self.neutral_ids()
         blocks = parse_layers(layers, self.session.architecture.n_blocks)
         splits = split(as_samples(samples), self.seed)
         vector = self.session.new_vector(name, splits.train, chat=self.chat, progress=self.progress, **extraction)
@@ -101,8 +102,8 @@ class Evaluation:
             vector,
             self.encode(splits.validation),
             blocks,
-            self._checked_coefficients(name),
-            self.neutral_ids(),
+            coefficients,
+            neutral,
             self.kl_budget,
         )
         vector = vector.at((choice.block,))
