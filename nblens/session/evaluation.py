@@ -142,4 +142,7 @@ class Evaluation:
     def _checked_coefficients(self, name: str) -> tuple[float, ...]:
         if isinstance(self.coefficients, (int, float, str)) or len(set(self.coefficients)) < 2:
             raise UserError(f"a slope needs two coefficients or more, got {self.coefficients!r}")
-        return tuple(check_coefficient(name, c) for c in self.coefficients)
+        coefficients = tuple(check_coefficient(name, c) for c in self.coefficients)
+        if twice := [c for c in coefficients if coefficients.count(c) > 1]:
+            raise UserError(f"coefficient {twice[0]:g} is there twice; give each λ once")
+        return coefficients

@@ -249,6 +249,11 @@ class SteeringRequests(SessionCore):
 
         A vector that has another length than these pairs give, as a normalised one has, gives them the same factor.
         """
+        if not vector.method:
+            raise UserError(
+                f"steering vector {vector.name!r} was not extracted, so that nothing can be made like it of shuffled "
+                "labels; leave pairs out"
+            )
         read = int(vector.read) if vector.read.lstrip("-").isdecimal() else vector.read
         spec = self.build.extraction(
             pairs,

@@ -31,7 +31,7 @@ def written_columns(write: str, columns: range, batch: Batch) -> bool | torch.Te
 def first_written(write: str, batch: Batch) -> int:
     """The first column that any row writes; the batch's width where there is none."""
     position = torch.arange(batch.width) - batch.first_columns[:, None]
-    written = (_chosen(write, position, batch) & (position >= 0)).any(0).nonzero()
+    written = _chosen(write, position, batch).any(0).nonzero()
     return int(written[0]) if len(written) else batch.width
 
 

@@ -15,8 +15,9 @@ from tiny_models import N_BLOCKS, tiny_tokenizer
 
 from nblens import Interrupted, Sample, Steer, SteeringVector, UserError
 from nblens.evaluation.doses import Dose
-from nblens.evaluation.layer_choice import split
+from nblens.evaluation.layer_choice import choose_layer, split
 from nblens.evaluation.scorer import Scorer
+from nblens.evaluation.steerability import EncodedSamples
 from nblens.runtime.backend import Control
 from nblens.steering.samples import letter_of
 
@@ -69,8 +70,12 @@ def answer_logprob(model, family, sample, answer, direction, coefficient, blocks
     ids, prompt_length = ids_of(sample.prompt + answer), len(ids_of(sample.prompt))
     assert ids[:prompt_length] == ids_of(sample.prompt), "this sample's prompt and answer share a token"
     if write == "label":
-        both = zip(ids_of(sample.prompt + sample.positive), ids_of(sample.prompt + sample.negative), strict=False)
-        label = next(place for place, (one, other) in enumerate(both) if one != other)
+        both = zip(sample.positive, sample.negative, strict=False)
+        parts = len(sample.prompt) + next(place for place, (one, other) in enumerate(both) if one != other)
+        ends = [
+            stop for _, stop in tiny_tokenizer()(sample.prompt + answer, return_offsets_mapping=True).offset_mapping
+        ]
+        label = next(place for place, end in enumerate(ends) if end > parts)
         write = range(label - 1, label)
     writes = [PlainWrite(block, direction, coefficient, write, op=op) for block in blocks]
     log_probs = plain_pass(model, family, ids, prompt_length, writes).log_probs
@@ -122,6 +127,16 @@ def test_the_dose_response_equals_serial_runs_of_plain_hooks(session, write):
     np.testing.assert_allclose(report.dose_response.slopes, slopes_of(expected, LAMBDAS), atol=3e-4)
     assert np.ptp(report.dose_response.values, axis=1).max() > 0.1
     assert report.write == write
+
+
+def test_each_answer_is_written_at_its_own_label(session):
+    """ " ther" is " the", "r", and " thin" comes in single letters: they part in tokens of unlike places."""
+    session.vectors["v"] = vector_of(write="label")
+    sample = Sample("the cat sat on", " ther", " thin")
+    (encoded,) = session.build.answers([sample], chat=False)
+    assert encoded.labels[0] < encoded.labels[1]
+    expected = serial(session.model, [sample], V, LAMBDAS, write="label")
+    np.testing.assert_allclose(measure(session, [sample]).dose_response.values, expected, atol=3e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt"])
@@ -291,7 +306,15 @@ def test_a_controls_slope_is_that_of_serial_runs_between_the_outermost_coefficie
 def test_controls_are_left_out_where_they_are_not_wanted(session):
     report = measure(session, controls=False, n_random=5, pairs=SAMPLES, neutral=[])
     assert report.random_slopes is report.shuffled_slopes is None
+    session.extract("v", SAMPLES, progress=False)
     assert measure(session, n_random=5, n_shuffles=0, pairs=SAMPLES, neutral=[]).shuffled_slopes is None
+    report = experiment(session, controls=False, n_random=5, n_shuffles=5)
+    assert report.random_slopes is report.shuffled_slopes is None
+
+
+def ends_of(session, text, block):
+    """The residual after a block at a text's last token."""
+    return plain_pass(session.model, "llama", ids_of(text), 1).sites["resid_post"][block, -1].numpy()
 
 
 @pytest.mark.parametrize("longer", [1.0, 4.0])
@@ -301,8 +324,7 @@ def test_shuffled_vectors_are_means_of_the_same_pairs_with_sides_swapped(session
     made = session.extract("v", pairs, layers=1, read="last", progress=False)
     session.vectors["v"] = made * longer
     report = measure(session, pairs=pairs, n_shuffles=16, seed=2, neutral=[])
-    ends = [session.capture(text, sites="resid_post", layers=1) for text in chain(*pairs)]
-    last = np.stack([np.asarray(e["resid_post"] if isinstance(e, dict) else e)[0, -1] for e in ends])
+    last = np.stack([ends_of(session, text, 1) for text in chain(*pairs)])
     differences = (last[::2] - last[1::2]).astype(np.float64)
     np.testing.assert_allclose(made.directions[1], differences.mean(0), atol=1e-4)
     shuffled = np.stack([dose.directions[1] for dose in doses["controls"][1]])
@@ -371,6 +393,11 @@ def test_samples_without_letters_are_split_too():
     parts = split(samples, 0)
     assert parts.sizes == {"train": 9, "validation": 4, "test": 4}
     assert {*parts.train, *parts.validation, *parts.test} == set(samples)
+
+
+def test_a_sample_that_is_there_twice_stands_in_one_split():
+    samples = lettered(12)
+    assert split([*samples, *samples], 0) == split(samples, 0)
 
 
 def of_letters(n_letters, n):
@@ -479,6 +506,38 @@ def test_the_block_is_the_one_of_the_largest_slope_within_the_budget(session):
     assert len(seen) > 1, "the budget made no difference"
 
 
+class ToldScorer:
+    """Says of each block the slope and the KL at −1 and 1 that it was given."""
+
+    def __init__(self, slopes, kl):
+        self.slopes, self.kl = slopes, kl
+
+    def propensities(self, samples, doses, what):
+        return [self.slopes[next(iter(d.directions))] * np.array([d.coefficients] * 2) for d in doses]
+
+    def neutral_kl(self, texts, doses, what):
+        assert all(dose.coefficients == (-1.0, 1.0) for dose in doses)
+        return [np.repeat(np.array(self.kl[next(iter(d.directions))])[:, None], 3, axis=1) for d in doses]
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        (9.0, 2),
+        (4.0, 0),  # block 2 costs 5 at −1, and only 1 at 1
+        (1.0, 1),
+        (0.05, 1),  # none: 10 nats for each of KL, against 0.75 and 0.8
+    ],
+)
+def test_the_dearer_side_counts_and_without_any_block_in_the_budget_the_slope_for_its_kl(budget, chosen):
+    told = ToldScorer({0: 3.0, 1: 1.0, 2: 4.0}, {0: (2.0, 4.0), 1: (0.1, 0.1), 2: (5.0, 1.0)})
+    vector = vector_of(layers=(0, 1, 2))
+    choice = choose_layer(told, vector, EncodedSamples([], []), (0, 1, 2), (-2.0, -1.0, 0.0, 1.0), [(5, 6, 7)], budget)
+    assert choice.block == chosen
+    assert {block: slope for block, (slope, _, _) in choice.slopes.items()} == pytest.approx(told.slopes)
+    assert choice.linear_limit == 1.0
+
+
 def test_where_no_block_is_within_the_budget_the_slope_for_its_kl_decides(session):
     slopes, costs = choice_by_hand(session)
     report = experiment(session, kl_budget=min(costs.values()) / 2)
@@ -512,19 +571,21 @@ def test_a_normalised_vector_has_norm_one_and_so_have_its_controls(session, dose
     random, shuffled = controls[:4], controls[4:]
     for dose in random:
         assert np.linalg.norm(dose.directions[report.chosen_layer]) == pytest.approx(1, abs=1e-5)
-    raw = session.extract("h", split(QUESTIONS, 0).train, read="last", progress=False)
-    n, norm = raw.n_pairs, raw.norms[report.chosen_layer]
+    block, train = report.chosen_layer, split(QUESTIONS, 0).train
+    norm = session.extract("h", train, read="last", progress=False).norms[block]
+    sides = chain(*((s.prompt + s.positive, s.prompt + s.negative) for s in train))
+    last = np.stack([ends_of(session, text, block) for text in sides])
+    differences = (last[::2] - last[1::2]).astype(np.float64)
     for dose in shuffled:
-        # Σ ±difference / n and the vector itself differ by twice the mean of some of the differences
-        assert 0 < np.linalg.norm(dose.directions[report.chosen_layer]) * norm < 1e3
+        signs = np.linalg.lstsq(differences.T, len(train) * norm * dose.directions[block], rcond=None)[0]
+        np.testing.assert_allclose(np.abs(signs), 1, atol=1e-2)
         assert (dose.write, dose.op, dose.site) == ("last", "add", "resid_post")
-    assert n == len(split(QUESTIONS, 0).train)
 
 
-def test_slopes_are_of_the_range_in_which_the_validation_curves_are_lines(session):
+def test_slopes_are_of_the_range_in_which_the_validation_curves_are_lines(session, doses):
     """A vector that is far too strong: its curves bend, and controls are measured between the ends of the range."""
     coefficients = (-8.0, -4.0, -0.2, -0.1, 0.0, 0.1, 0.2, 4.0, 8.0)
-    report = experiment(session, coefficients=coefficients)
+    report = experiment(session, coefficients=coefficients, controls=True, n_random=2, n_shuffles=2)
     made, parts = session.vectors["e"], split(QUESTIONS, 0)
     values = serial(session.model, parts.validation, made.directions[report.chosen_layer], coefficients, made.layers)
     limits, kept = (0.1, 0.2, 4.0, 8.0), None
@@ -536,6 +597,7 @@ def test_slopes_are_of_the_range_in_which_the_validation_curves_are_lines(sessio
             break
         kept = limit
     assert report.linear_limit == kept < 8.0
+    assert [dose.coefficients for dose in doses["controls"][1]] == [(-kept, kept)] * 4
     test = serial(session.model, parts.test, made.directions[report.chosen_layer], coefficients, made.layers)
     inside = np.abs(coefficients) <= kept
     expected = slopes_of(test[:, inside], np.array(coefficients)[inside])
@@ -624,6 +686,7 @@ def test_a_vector_written_at_the_label_is_for_scored_answers_alone(session):
         (lambda s: measure(s, n_random=-2), ("n_random", "-2")),
         (lambda s: experiment(s, n_shuffles=1.5, controls=True), ("n_shuffles", "1.5")),
         (lambda s: experiment(s, kl_budget="much"), ("KL budget", "'much'")),
+        (lambda s: measure(s, pairs=[("a cat", "a dog")], controls=True), ("'v' was not extracted", "leave pairs out")),
         (lambda s: measure(s, [Sample("the cat sat on" * 60, " a", " b")]), ("sample 1", "128")),
         (lambda s: experiment(s, QUESTIONS[:7]), ("8 samples", "got 6")),
         (lambda s: experiment(s, [Sample(f"the {n}", " dog", " man") for n in range(7)]), ("8 samples", "got 7")),
@@ -656,6 +719,10 @@ def test_a_vector_that_no_run_would_write_is_not_measured_either(session, op):
     session.vectors["m"] = vector_of(site="resid_mid", op=op)
     one_line(lambda: session.generate("the cat", 1, steer={"m": 1.0}), "'m'", op, "resid_mid")
     one_line(lambda: measure(session, name="m"), "'m'", op, "resid_mid")
+    passes = []
+    with session.model.register_forward_pre_hook(lambda *args: passes.append(args)):
+        one_line(lambda: experiment(session, site="resid_mid", op=op), "'e'", op, "resid_mid")
+    assert not passes, "the model ran for a vector that cannot be measured"
 
 
 # interrupts -----------------------------------------------------------------------------------------------------------

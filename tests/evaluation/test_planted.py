@@ -273,18 +273,26 @@ def test_samples_of_another_kind_are_told_apart(planted):
     np.testing.assert_allclose(report.out_of_distribution.slopes, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_variety_is_that_of_text_sampled_under_each_coefficient(planted, monkeypatch):
-    """What the first eight prompts go on with, by hand: the sweep samples the same with the same seed."""
-    report = measure(planted, SAMPLES[:10], (0.0, 40.0), seed=5)
+@pytest.mark.parametrize("write", ["all", "label"])
+def test_variety_is_that_of_text_sampled_under_each_coefficient(session, write):
+    """What the first eight prompts go on with, by hand: the sweep samples the same with the same seed.
+
+    Text that is sampled has no label: it is written where one would be predicted, at the prompt's last token.
+    """
+    session.vectors["v"] = vector_of(dict.fromkeys(range(N_BLOCKS), PLANTED.vector), write=write)
+    report = measure(session, SAMPLES[:10], (0.0, 40.0), seed=5)
+    write = {"label": "last"}.get(write, write)
     texts = {c: [] for c in (0.0, 40.0)}
     for sample in SAMPLES[:8]:
         ids = tiny_tokenizer()(sample.prompt).input_ids
-        for out in planted.sweep(ids, "v", (0.0, 40.0), 24, temperature=1.0, seed=5):
+        for out in session.sweep(ids, "v", (0.0, 40.0), 24, temperature=1.0, seed=5, write=write):
             texts[out.coefficient].append(out.token_ids)
     for n, shares in ((1, report.side_effects.distinct_1), (2, report.side_effects.distinct_2)):
         expected = [np.mean([distinct_ngrams(ids, n) for ids in texts[c]]) for c in (0.0, 40.0)]
         np.testing.assert_allclose(shares, expected, rtol=1e-12)
-        assert shares[1] < shares[0] / 2, "λ = 40 leaves but few tokens likely"
+        assert (shares[1] < shares[0] / 2) == (write == "all"), (
+            "λ = 40 leaves but few tokens likely where it is written"
+        )
 
 
 def test_a_sweep_says_the_planted_propensities_in_the_order_given(planted):
