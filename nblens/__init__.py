@@ -24,6 +24,8 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
+    from nblens.jupyter.steering_panel import SteeringPanel
+    from nblens.jupyter.trajectory_grid import TrajectoryGrid
     from nblens.lens.attribution import Attribution
     from nblens.lens.difference import Comparison, TrajectoryDiff
     from nblens.lens.trajectory import Trajectory
@@ -47,8 +49,10 @@ _LAZY = {
     "Session": "nblens.session",
     "Steer": "nblens.specs",
     "SteeringVector": "nblens.steering.vectors",
+    "SteeringPanel": "nblens.jupyter.steering_panel",
     "Trajectory": "nblens.lens.trajectory",
     "TrajectoryDiff": "nblens.lens.difference",
+    "TrajectoryGrid": "nblens.jupyter.trajectory_grid",
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",
@@ -67,9 +71,11 @@ __all__ = [
     "Sample",
     "Session",
     "Steer",
+    "SteeringPanel",
     "SteeringVector",
     "Trajectory",
     "TrajectoryDiff",
+    "TrajectoryGrid",
     "UnsupportedModelError",
     "UserError",
     "VectorMismatchError",

@@ -278,6 +278,7 @@ def _lens() -> MagicParser:
     parser.add_argument("--metric", choices=METRICS, default="prob", help="what colours the cells (default: prob)")
     parser.add_argument("--compare", action="store_true", help="without and with steering, and the difference")
     parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of HTML")
+    parser.add_argument("--grid", action="store_true", help="a live grid: zoom, hover, pin tokens, search")
     parser.add_argument("--save", metavar="FILE", help="write to .json, .safetensors, .html, .png, .svg or .pdf")
     _add_prompt(parser)
     add_output(parser, "Trajectory (with --compare: Comparison)")

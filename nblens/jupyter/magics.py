@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
+from IPython.display import display
 
 from nblens.errors import DeviceMemoryError, Interrupted, NoModelError, UnsupportedModelError, UserError
 from nblens.files import replace_file
@@ -160,7 +161,13 @@ class NblensMagics(Magics):
             return None
         if write:
             write(result)
-        _apply_view(result, options)
+        if options.grid:
+            from nblens.jupyter.trajectory_grid import TrajectoryGrid
+
+            display(TrajectoryGrid(result, metric=options.metric))
+            options.silent = True  # the grid is what the cell shows; -o still binds the result
+        else:
+            _apply_view(result, options)
         return result
 
     @line_cell_magic

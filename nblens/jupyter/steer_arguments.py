@@ -26,6 +26,7 @@ class Command:
 
 
 COMMANDS = {
+    "panel": Command(),
     "off": Command(),
     "list": Command(),
     "save": Command("NAME FILE"),
@@ -124,7 +125,7 @@ def _steer() -> MagicParser:
     parser = MagicParser(
         "%steer",
         usage="%steer [NAME=λ ...] [--layers] [--write] [--op]\n"
-        "       %steer off | list | show NAME | save NAME FILE | load FILE\n"
+        "       %steer panel | off | list | show NAME | save NAME FILE | load FILE\n"
         "       %steer extract NAME FILE [options]\n"
         "       %steer sweep NAME PROMPT [options]\n"
         "       %steer eval NAME FILE [options]\n"
@@ -132,6 +133,7 @@ def _steer() -> MagicParser:
         description="Steer by vectors that exist; without arguments, show what steers now.\n"
         "Names that are left out keep their coefficient. %%steer NAME makes a vector of the pairs in a cell.\n"
         "\n"
+        "  panel        sliders, and a text without and with steering that is written while they move\n"
         "  extract      makes a vector of the pairs in a .jsonl, .json or .csv file\n"
         "  sweep        continues a prompt under several coefficients, in one run\n"
         "  eval         measures a vector on samples in a file: how far it steers, and what that costs\n"

@@ -49,6 +49,12 @@ def _set(session: Session, options: Namespace) -> None:
     display(shown.setting_table(session))
 
 
+def _panel(session: Session, options: Namespace) -> Any:
+    from nblens.jupyter.steering_panel import SteeringPanel
+
+    return SteeringPanel(session)
+
+
 def _off(session: Session, options: Namespace) -> None:
     session.steer.off()
     display(shown.setting_table(session))
@@ -104,6 +110,7 @@ def _given(options: Namespace, *names: str) -> dict[str, Any]:
 
 
 _CARRY_OUT: dict[str, Callable[..., Any]] = {
+    "panel": _panel,
     "off": _off,
     "list": _list,
     "show": _show,

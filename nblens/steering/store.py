@@ -115,14 +115,20 @@ class LiveSteering:
 
     def __call__(self, steer: Mapping[str, float] | Iterable[Steer]) -> None:
         """Set coefficients; names left out stay as they are. All are checked before any changes."""
-        steers = self._vectors.steers(steer)
+        self._set(self._vectors.steers(steer), keep=True)
+
+    def only(self, steer: Mapping[str, float] | Iterable[Steer]) -> None:
+        """Set coefficients and turn every other vector off, in one step of a run in progress."""
+        self._set(self._vectors.steers(steer), keep=False)
+
+    def _set(self, steers: list[Steer], *, keep: bool) -> None:
         names = [item.name for item in steers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"the live setting holds one strength per vector, got {twice[0]!r} twice")
         for item in steers:
             self._vectors.write(item, (item.coefficient,))
-        before = [self._setting[name] for name in names if name in self._setting]
-        self._setting |= {item.name: item for item in steers}
+        before = [item for name, item in self._setting.items() if name in names or not keep]
+        self._setting = (self._setting if keep else {}) | {item.name: item for item in steers}
         self._send({item.key: None for item in before} | {item.key: item.coefficient for item in steers})
 
     @property
