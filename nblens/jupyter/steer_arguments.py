@@ -26,12 +26,12 @@ class Command:
 
 
 COMMANDS = {
-    "panel": Command(),
     "off": Command(),
     "list": Command(),
     "save": Command("NAME FILE"),
     "load": Command("FILE"),
     "show": Command("NAME"),
+    "panel": Command(),
     "extract": Command("NAME FILE", _READ | _WRITTEN),
     "sweep": Command(
         "NAME PROMPT",
