@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -369,6 +369,15 @@ class TokensSampled:
     step: int
     """how many new tokens the fed rows had before"""
     token_ids: tuple[int | None, ...]
+
+    def place_in(self, rows: Sequence[list[int]]) -> None:
+        """Put the tokens where they belong among each row's new ones.
+
+        A step that comes again, after a restart with a smaller chunk, takes the place of what it repeats.
+        """
+        for row, token in zip(rows, self.token_ids, strict=True):
+            if token is not None:
+                row[self.step :] = [token]
 
 
 @dataclass(frozen=True)

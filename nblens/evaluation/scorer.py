@@ -112,8 +112,7 @@ class Scorer:
         sampled: list[list[int]] = [[] for _ in range(rows)]
         for event in self._events(spec):
             if isinstance(event, TokensSampled):
-                for row, token in enumerate(event.token_ids):
-                    sampled[row] += [] if token is None else [token]
+                event.place_in(sampled)
         shares = [[distinct_ngrams(ids, n) for ids in sampled] for n in (1, 2)]
         by_setting = np.array(shares).reshape(2, len(prompts), n_settings)
         known = np.isfinite(by_setting)

@@ -238,10 +238,8 @@ class _GrowingText:
     def add(self, event: TokensSampled) -> None:
         """Take in one decoding step; the first is told at once."""
         now = time.perf_counter()
-        for row, token in zip(self._rows, event.token_ids, strict=True):
-            if token is not None:
-                row.append(token)
-        self._n_steps += 1
+        event.place_in(self._rows)
+        self._n_steps = event.step + 1
         self._latest = now
         if self._n_steps == 1:
             self._first = now

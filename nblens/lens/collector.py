@@ -32,9 +32,7 @@ class TrajectoryCollector:
         if isinstance(event, ReadoutSlice):
             self._slices[event.row, event.site][event.start] = event
         elif isinstance(event, TokensSampled):
-            for row, token in zip(self.sampled, event.token_ids, strict=True):
-                if token is not None:
-                    row[event.step :] = [token]
+            event.place_in(self.sampled)
 
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""
