@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -91,10 +92,15 @@ class Batch:
             None if self.labels is None else tuple(label for label in self.labels for _ in range(times)),
         )
 
-    @property
+    @cached_property
     def first_columns(self) -> torch.Tensor:
         """Column of each row's first token, int64 (rows,) on the CPU."""
         return self.width - torch.tensor(self.lengths)
+
+    @cached_property
+    def prompt_end(self) -> int:
+        """The first column in which no row has prompt any more."""
+        return int((self.first_columns + self.prompt_lengths).max())
 
     @property
     def rows(self) -> int:

@@ -18,10 +18,9 @@ def written_columns(write: str, columns: range, batch: Batch) -> bool | torch.Te
     """
     if write == "all":
         return True
-    first, lengths = batch.first_columns, batch.prompt_lengths
-    if write in ("prompt", "generated", "last") and columns.start >= int((first + lengths).max()):
+    if write in ("prompt", "generated", "last") and columns.start >= batch.prompt_end:
         return write == "generated"
-    position = torch.arange(columns.start, columns.stop) - first[:, None]
+    position = torch.arange(columns.start, columns.stop) - batch.first_columns[:, None]
     chosen = _chosen(write, position, batch)
     if not chosen.any():
         return False
