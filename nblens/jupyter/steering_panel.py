@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -16,6 +14,7 @@ from IPython import get_ipython
 
 from nblens.appearance import plain, short_number
 from nblens.errors import NblensError, UserError
+from nblens.jupyter.assets import script, style
 from nblens.jupyter.live import FINAL, LiveRequest, LiveRunner, LiveText
 from nblens.jupyter.panel_state import PanelState, VectorRow, as_code
 from nblens.jupyter.panel_view import row_values, state_values, strength_curves
@@ -29,14 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SteeringPanel"]
 
-_STATIC = Path(__file__).parent / "static"
-_PARTS = ("steering_panel_words", "steering_panel_controls", "steering_panel")
-_LOCAL_IMPORT = re.compile(r'^import \{[^}]*\} from "\./[a-z_]+\.js";\n', re.MULTILINE)
-
-
-def _script() -> str:
-    """The parts as one module: a widget's script reaches the page as a text that has no neighbours to import."""
-    return "\n".join(_LOCAL_IMPORT.sub("", (_STATIC / f"{part}.js").read_text(encoding="utf-8")) for part in _PARTS)
+_SCRIPTS = ("shortcuts", "steering_panel_words", "steering_panel_controls", "steering_panel")
 
 
 class SteeringPanel(anywidget.AnyWidget):
@@ -73,8 +65,8 @@ class SteeringPanel(anywidget.AnyWidget):
         An unknown vector, or an option that is unknown or out of range.
     """
 
-    _esm = _script()
-    _css = (_STATIC / "steering_panel.css").read_text(encoding="utf-8")
+    _esm = script(*_SCRIPTS)
+    _css = style("steering_panel")
 
     # Only this side writes traits; what a page asks for comes as a message and is checked.
     state = traitlets.Dict().tag(sync=True)

@@ -24,6 +24,7 @@ from nblens.lens.trajectory import METRICS, Trajectory
 __all__ = ["TrajectoryGrid"]
 
 _SCRIPTS = (
+    "shortcuts",
     "grid_text",
     "grid_colors",
     "grid_data",

@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.browser)
 
 
+# Not for the session: while playwright runs, its event loop counts as running for every other test in the process.
 @pytest.fixture(scope="module")
 def browser():
     if not Path(CHROMIUM).exists():

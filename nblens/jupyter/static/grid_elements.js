@@ -1,8 +1,10 @@
 // Elements of the page. Text goes in as text alone: what a model says is never read as markup.
 
+import { keepShortcutsAway } from "./shortcuts.js";
+
 /** An element with attributes, and with children that are elements or text. */
 export function element(tag, attributes = {}, ...children) {
-  return filled(document.createElement(tag), attributes, children);
+  return keepShortcutsAway(filled(document.createElement(tag), attributes, children));
 }
 
 export function drawing(tag, attributes = {}, ...children) {

@@ -1,5 +1,7 @@
 // The controls of the steering panel. Names, texts and messages are data: set as text, never as HTML.
 
+import { keepShortcutsAway } from "./shortcuts.js";
+
 /** An element with properties, attributes (aria-…, data-…, role) and children. */
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -8,7 +10,7 @@ export function element(tag, properties = {}, ...children) {
     else made[name] = value;
   }
   made.append(...children);
-  return made;
+  return keepShortcutsAway(made);
 }
 
 /** A number as a person writes it. */
