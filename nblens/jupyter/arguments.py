@@ -260,8 +260,9 @@ def _lens() -> MagicParser:
         "%lens",
         usage="%lens [options] TEXT\n       %%lens [options]      and the text in the cell's body, as typed",
         description="Show what every block would have said at every token (the logit lens, or another).\n"
+        "The grid grows while the model reads: zoom, hover for the top tokens, click to pin one, search.\n"
         "The result that -o binds holds every number; its .timings are the seconds by phase:\n"
-        "prefill, decode, readout, total.",
+        "prefill, decode, readout, total. With --live it is the grid, with .result, .wait() and .stop().",
         examples='  %lens The capital of France is\n  %lens --layers ::2 --metric entropy "one, two, three, "\n'
         "  %%lens --generate 8 --compare --steer cheerful=1.5 -o comparison\n"
         "  %lens -o trajectory --save lens.json The capital of France is",
@@ -277,8 +278,9 @@ def _lens() -> MagicParser:
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="go on for N tokens and read those too")
     parser.add_argument("--metric", choices=METRICS, default="prob", help="what colours the cells (default: prob)")
     parser.add_argument("--compare", action="store_true", help="without and with steering, and the difference")
-    parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of HTML")
-    parser.add_argument("--grid", action="store_true", help="a live grid: zoom, hover, pin tokens, search")
+    parser.add_argument("--live", action="store_true", help="return at once, and fill the grid in the background")
+    parser.add_argument("--static", action="store_true", help="a table instead of the live grid")
+    parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of the live grid")
     parser.add_argument("--save", metavar="FILE", help="write to .json, .safetensors, .html, .png, .svg or .pdf")
     _add_prompt(parser)
     add_output(parser, "Trajectory (with --compare: Comparison)")

@@ -1,18 +1,20 @@
 """How results look in a cell: what IPython's formatters are given, and short aligned tables.
 
-A magic returns its result and the cell shows it once, as any value. A view that was asked for (`--metric`, `--plot`)
-is remembered for that very object and used whenever it is displayed, so `_`, `Out` and `-o` hold the real thing.
+A magic returns its result and the cell shows it once, as any value: what has layers and tokens as a live grid, with a
+table behind it for where there is no kernel. A view that was asked for (`--metric`, `--plot`, `--static`) is remembered
+for that very object and used whenever it is displayed, so `_`, `Out` and `-o` hold the real thing.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nblens.appearance import plain, short_number
+from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.difference import Comparison, TrajectoryDiff
@@ -22,6 +24,7 @@ from nblens.lens.trajectory import Trajectory
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from nblens.jupyter.trajectory_grid import TrajectoryGrid
     from nblens.results import Generation, Sweep
     from nblens.session import Session
     from nblens.steering.report import SteerabilityReport
@@ -43,7 +46,20 @@ __all__ = [
 HTML, PNG, TEXT = "text/html", "image/png", "text/plain"
 Renderer = Callable[[Any], str | bytes | None]
 
-_views: dict[int, Mapping[str, Renderer]] = {}
+
+@dataclass
+class _View:
+    """How one object is displayed, where that is not the usual way."""
+
+    html: Renderer | None = None
+    png: Renderer | None = None
+    metric: str = "prob"
+    static: bool = False
+    grid: TrajectoryGrid | None = None
+    """on the page already; it waits for the output that stands in for it"""
+
+
+_views: dict[int, _View] = {}
 
 
 @dataclass(frozen=True)
@@ -111,10 +127,10 @@ def placement_table(session: Session) -> Table:
     return Table(title, ("device", "holds", "memory"), rows)
 
 
-def vectors_table(vectors: Iterable[SteeringVector]) -> Table:
-    """The steering vectors of a session."""
-    rows = []
-    for vector in vectors:
+def vectors_table(session: Session) -> Table:
+    """The steering vectors of a session, and how strongly each steers now."""
+    rows, setting = [], session.steer.setting
+    for vector in session.vectors.values():
         norms = [vector.norms[block] for block in vector.layers]
         best = [vector.separation[block] for block in vector.layers if block in vector.separation]
         rows.append(
@@ -125,10 +141,11 @@ def vectors_table(vectors: Iterable[SteeringVector]) -> Table:
                 short_number(max(norms)),
                 f"{max(best):.1f}" if best else "",
                 vector.write,
+                _signed(setting[vector.name].coefficient) if vector.name in setting else "off",
                 f"{vector.method} of {vector.n_pairs} pairs, read {vector.read}" if vector.method else "",
             )
         )
-    columns = ("vector", "site", ">blocks", ">norm", ">separation", "written at", "made by")
+    columns = ("vector", "site", ">blocks", ">norm", ">separation", "written at", ">now", "made by")
     return Table("" if rows else "no steering vectors; make one with %%steer NAME", columns, rows)
 
 
@@ -151,7 +168,7 @@ def setting_table(session: Session) -> Table:
     rows = [
         (
             name,
-            f"{'+' if steer.coefficient > 0 else ''}{short_number(steer.coefficient)}",
+            _signed(steer.coefficient),
             _blocks_written(session, name, steer.layers),
             steer.write,
         )
@@ -172,6 +189,10 @@ def _blocks_written(session: Session, name: str, layers: Any) -> str:
     return format_layers(session.vectors[name].layers) if layers is None else str(layers)
 
 
+def _signed(coefficient: float) -> str:
+    return f"{'+' if coefficient > 0 else ''}{short_number(coefficient)}"
+
+
 def _size(n_bytes: int) -> str:
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB"):
@@ -181,14 +202,42 @@ def _size(n_bytes: int) -> str:
     return f"{value:.1f} GiB"
 
 
-def show_as(obj: Any, *, html: Renderer | None = None, png: Renderer | None = None) -> None:
-    """Display this very object, and no other, as what `html` or `png` make of it, beside its usual text."""
-    _views[id(obj)] = {HTML: html or _nothing, PNG: png or _nothing}
+def show_as(obj: Any, **view: Any) -> None:
+    """Display this very object, and no other, in a view of its own.
+
+    Parameters
+    ----------
+    html, png : callable, optional
+        Makes the output of the object; its usual text stands beside it.
+    metric : str
+        What colours a grid's cells.
+    static : bool
+        A table instead of a live grid.
+    grid : TrajectoryGrid
+        The one that shows it already.
+    """
+    _views[id(obj)] = _View(**view)
     weakref.finalize(obj, _views.pop, id(obj), None)
 
 
-def _render(obj: Any, mime: str, default: Renderer) -> str | bytes | None:
-    return _views.get(id(obj), {}).get(mime, default)(obj)
+def _as_grid(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A live grid and what stands in for it; where no page can show one, the same as a table."""
+    view = _views.get(id(obj)) or _View()
+    if view.html:
+        return {HTML: view.html(obj)}, {}
+    if view.png:
+        picture = view.png(obj)
+        data, size = picture if isinstance(picture, tuple) else (picture, {})
+        return {PNG: data}, {PNG: size}
+    if view.static or not behind_pages():
+        return {HTML: render_fragment(obj, metric=view.metric)}, {}
+    grid, view.grid = view.grid, None
+    if grid is None:
+        from nblens.jupyter.trajectory_grid import TrajectoryGrid
+
+        grid = TrajectoryGrid(obj, metric=view.metric)
+        grid.show_widget()
+    return {HTML: grid.stand_in()[HTML]}, {}
 
 
 def _generation_text(generation: Generation) -> str:
@@ -228,10 +277,7 @@ def _nothing(_: Any) -> None:
 
 
 _TYPES: dict[Any, dict[str, Renderer]] = {
-    Trajectory: {HTML: render_fragment, PNG: _nothing},
-    TrajectoryDiff: {HTML: render_fragment, PNG: _nothing},
-    Comparison: {HTML: render_fragment, PNG: _nothing, TEXT: _comparison_text},
-    SiteTrajectories: {HTML: render_fragment, PNG: _nothing},
+    Comparison: {TEXT: _comparison_text},
     # named, not imported: torch is loaded with the first model, not with the extension
     "nblens.results.Generation": {HTML: _generation_html, TEXT: _generation_text},
     "nblens.results.Sweep": {
@@ -247,14 +293,19 @@ _TYPES: dict[Any, dict[str, Renderer]] = {
         TEXT: lambda session: repr(placement_table(session)),
     },
 }
+_GRIDS = (Trajectory, TrajectoryDiff, Comparison, SiteTrajectories)
 
 
 def register(shell: InteractiveShell) -> None:
     """Teach the shell's formatters to show what nblens returns."""
     formatters = shell.display_formatter.formatters
     for cls, renderers in _TYPES.items():
-        for mime, default in renderers.items():
-            formatters[mime].for_type(cls, _printer(mime, default))
+        for mime, render in renderers.items():
+            formatters[mime].for_type(cls, _printer(mime, render))
+    for cls in _GRIDS:
+        shell.display_formatter.mimebundle_formatter.for_type(cls, _as_grid)
+        for mime in (HTML, PNG):  # what the classes would make themselves
+            formatters[mime].for_type(cls, _nothing)
 
 
 def unregister(shell: InteractiveShell) -> None:
@@ -263,9 +314,13 @@ def unregister(shell: InteractiveShell) -> None:
     for cls, renderers in _TYPES.items():
         for mime in renderers:
             formatters[mime].pop(cls, None)
+    for cls in _GRIDS:
+        shell.display_formatter.mimebundle_formatter.pop(cls, None)
+        for mime in (HTML, PNG):
+            formatters[mime].pop(cls, None)
 
 
-def _printer(mime: str, default: Renderer) -> Callable[..., Any]:
+def _printer(mime: str, render: Renderer) -> Callable[..., Any]:
     if mime == TEXT:  # the pretty printer's own way
-        return lambda obj, printer, cycle: printer.text(_render(obj, mime, default))
-    return lambda obj: _render(obj, mime, default)
+        return lambda obj, printer, cycle: printer.text(render(obj))
+    return render

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
-from IPython.display import display
 
 from nblens.errors import DeviceMemoryError, Interrupted, NoModelError, UnsupportedModelError, UserError
 from nblens.files import replace_file
@@ -37,12 +36,14 @@ from nblens.jupyter.arguments import (
     contrast_pairs,
 )
 from nblens.jupyter.completion import match_magic
+from nblens.jupyter.stand_in import behind_pages
 from nblens.jupyter.steer_arguments import COMMANDS, EXTRACT, STEER
-from nblens.lens.html import render_fragment, render_texts
+from nblens.lens.html import render_texts
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
+    from nblens.jupyter.live_grid import GrowingGrid
     from nblens.session import Session
 
 __all__ = ["NblensMagics", "load_ipython_extension", "unload_ipython_extension"]
@@ -143,7 +144,28 @@ class NblensMagics(Magics):
         prompt = self._prompt(options, body)
         if options.compare and not isinstance(options.sites, str):
             raise UserError("--compare takes one site; give one --sites")
+        _check_view(options)
         write = _writer(options) if options.save else None
+        reading = self._reading(prompt, options)
+        if options.live:
+            from nblens.jupyter.live_grid import LiveGrid
+
+            return LiveGrid.over(reading, metric=options.metric)
+        growing = _growing(options)
+        result = _run(lambda: reading(growing.watch if growing else None))
+        if result is None:
+            return None
+        if write:
+            write(result)
+        if growing:
+            shown.show_as(result, metric=options.metric, grid=growing.complete(result))
+        else:
+            _apply_view(result, options)
+        return result
+
+    def _reading(self, prompt: str, options: Namespace) -> Callable[[Any], Any]:
+        """The request, but for who watches it."""
+        session = _session()
         request = {
             "layers": options.layers,
             "top_k": options.top_k,
@@ -152,23 +174,9 @@ class NblensMagics(Magics):
             "generate": options.generate,
             **_asked_of_any_run(options),
         }
-        session = _session()
         if options.compare:
-            result = _run(lambda: session.compare(prompt, site=options.sites, **request))
-        else:
-            result = _run(lambda: session.lens(prompt, sites=options.sites, **request))
-        if result is None:
-            return None
-        if write:
-            write(result)
-        if options.grid:
-            from nblens.jupyter.trajectory_grid import TrajectoryGrid
-
-            display(TrajectoryGrid(result, metric=options.metric))
-            options.silent = True  # the grid is what the cell shows; -o still binds the result
-        else:
-            _apply_view(result, options)
-        return result
+            return lambda watch: session.compare(prompt, site=options.sites, watch=watch, **request)
+        return lambda watch: session.lens(prompt, sites=options.sites, watch=watch, **request)
 
     @line_cell_magic
     @_described(GENERATE)
@@ -258,13 +266,29 @@ def _check_variable(name: str | None) -> None:
         raise UserError(f"-o takes the name of a variable, got {name!r}")
 
 
+def _check_view(options: Namespace) -> None:
+    if options.live and (options.plot or options.static or options.save):
+        raise UserError("--live shows a grid and returns at once; give it without --plot, --static and --save")
+    if options.live and not behind_pages():
+        raise UserError("--live needs a notebook; leave it out here")
+
+
+def _growing(options: Namespace) -> GrowingGrid | None:
+    """What shows the run while it goes on, where somebody can see it."""
+    if options.plot or options.static or options.silent or not behind_pages():
+        return None
+    from nblens.jupyter.live_grid import GrowingGrid
+
+    return GrowingGrid(metric=options.metric)
+
+
 def _apply_view(result: Any, options: Namespace) -> None:
     metric = options.metric
     if options.plot:
         # a figure of nblens.plots knows how to be a picture
         shown.show_as(result, png=lambda obj: _figure(obj, metric)._repr_png_())
-    elif metric != "prob":
-        shown.show_as(result, html=lambda obj: render_fragment(obj, metric=metric))
+    else:
+        shown.show_as(result, metric=metric, static=options.static)
 
 
 def _figure(obj: Any, metric: str) -> Any:

@@ -31,7 +31,6 @@ COMMANDS = {
     "save": Command("NAME FILE"),
     "load": Command("FILE"),
     "show": Command("NAME"),
-    "panel": Command(),
     "extract": Command("NAME FILE", _READ | _WRITTEN),
     "sweep": Command(
         "NAME PROMPT",
@@ -42,17 +41,18 @@ COMMANDS = {
 }
 """By the word that stands after `%steer`."""
 
+_PANEL = Command(options=frozenset({"once"}))
 _SETTING = Command("NAME=λ", _WRITTEN)
 
 
-def check_options(options: Namespace, name: str | None) -> None:
-    """Raise `UserError` where an option was given that a command, or None for a setting, does not have."""
-    command = COMMANDS.get(name, _SETTING)
-    known = _WRITTEN | {option for other in COMMANDS.values() for option in other.options}
-    for option in sorted(known - command.options):
+def check_options(options: Namespace, word: str | None) -> None:
+    """Raise `UserError` where an option was given that does not belong to the line's first word (None: the panel)."""
+    forms = {"": _PANEL, "NAME=λ": _SETTING, **COMMANDS}
+    name = "" if word is None else word if word in COMMANDS else "NAME=λ"
+    for option in sorted({option for form in forms.values() for option in form.options} - forms[name].options):
         if getattr(options, option) is not None:
-            owners = ", ".join(owner for owner, other in COMMANDS.items() if option in other.options)
-            what = f"%steer {name}" if name in COMMANDS else "%steer NAME=λ"
+            owners = ", ".join(owner or "without words" for owner, form in forms.items() if option in form.options)
+            what = f"%steer {name}".rstrip()
             raise UserError(f"{what} has no option --{option.replace('_', '-')}; it belongs to %steer {owners}")
 
 
@@ -124,16 +124,18 @@ def _extract() -> MagicParser:
 def _steer() -> MagicParser:
     parser = MagicParser(
         "%steer",
-        usage="%steer [NAME=λ ...] [--layers] [--write] [--op]\n"
-        "       %steer panel | off | list | show NAME | save NAME FILE | load FILE\n"
+        usage="%steer [--once]\n"
+        "       %steer NAME=λ [NAME=λ ...] [--layers] [--write] [--op]\n"
+        "       %steer off | list | show NAME | save NAME FILE | load FILE\n"
         "       %steer extract NAME FILE [options]\n"
         "       %steer sweep NAME PROMPT [options]\n"
         "       %steer eval NAME FILE [options]\n"
         "       %steer experiment NAME FILE [options]",
-        description="Steer by vectors that exist; without arguments, show what steers now.\n"
-        "Names that are left out keep their coefficient. %%steer NAME makes a vector of the pairs in a cell.\n"
+        description="Steer by vectors that exist. Without words it opens the panel: a slider per vector, and a\n"
+        "text without and with steering that is written while they move. Names that are left out keep\n"
+        "their coefficient. %%steer NAME makes a vector of the pairs in a cell.\n"
         "\n"
-        "  panel        sliders, and a text without and with steering that is written while they move\n"
+        "  list         the vectors, and what steers now\n"
         "  extract      makes a vector of the pairs in a .jsonl, .json or .csv file\n"
         "  sweep        continues a prompt under several coefficients, in one run\n"
         "  eval         measures a vector on samples in a file: how far it steers, and what that costs\n"
@@ -155,6 +157,7 @@ def _steer() -> MagicParser:
     parser.add_argument("--pairs", metavar="FILE", help="eval: pairs the vector was made of, for shuffled controls")
     parser.add_argument("--ood", metavar="FILE", help="eval, experiment: samples of another kind, reported too")
     parser.add_argument("--kl-budget", type=float, metavar="NATS", help="what steering may cost (default: 0.5)")
+    _flag(parser, "--once", "panel: write texts while the page waits, where nothing arrives from the background")
     _flag(parser, "--no-controls", "eval, experiment: leave random directions and shuffled labels out")
     _flag(parser, "--normalise", "experiment: give the vector norm 1")
     add_output(parser, "result")

@@ -12,6 +12,7 @@ from IPython.display import display
 from nblens.errors import UserError
 from nblens.jupyter import display as shown
 from nblens.jupyter.arguments import coefficients
+from nblens.jupyter.stand_in import behind_pages
 from nblens.jupyter.steer_arguments import COMMANDS, check_options
 
 if TYPE_CHECKING:
@@ -22,10 +23,12 @@ __all__ = ["extract_vector", "steer"]
 
 def steer(session: Session, options: Namespace) -> Any:
     """Carry out a line of `%steer`."""
-    command, *words = options.words or [""]
+    command, *words = options.words or [None]
     check_options(options, command)
+    if command is None:
+        return _panel(session, options)
     if command not in COMMANDS:
-        if command and "=" not in command:
+        if "=" not in command:
             raise UserError(f"{command!r} is neither NAME=NUMBER nor one of {', '.join(COMMANDS)}")
         return _set(session, options)
     expected = COMMANDS[command].words
@@ -43,16 +46,18 @@ def extract_vector(session: Session, options: Namespace, name: str, pairs: Any) 
 
 
 def _set(session: Session, options: Namespace) -> None:
-    if options.words:
-        steers = [session.vectors.usual(name, value) for name, value in coefficients(options.words).items()]
-        session.steer([replace(steer, **_given(options, "layers", "write", "op")) for steer in steers])
+    steers = [session.vectors.usual(name, value) for name, value in coefficients(options.words).items()]
+    session.steer([replace(steer, **_given(options, "layers", "write", "op")) for steer in steers])
     display(shown.setting_table(session))
 
 
 def _panel(session: Session, options: Namespace) -> Any:
+    if not behind_pages():
+        display(shown.setting_table(session))
+        return None
     from nblens.jupyter.steering_panel import SteeringPanel
 
-    return SteeringPanel(session)
+    return SteeringPanel(session, **_given(options, "once"))
 
 
 def _off(session: Session, options: Namespace) -> None:
@@ -61,7 +66,7 @@ def _off(session: Session, options: Namespace) -> None:
 
 
 def _list(session: Session, options: Namespace) -> None:
-    display(shown.vectors_table(session.vectors.values()))
+    display(shown.vectors_table(session))
 
 
 def _show(session: Session, options: Namespace, name: str) -> Any:
@@ -110,7 +115,6 @@ def _given(options: Namespace, *names: str) -> dict[str, Any]:
 
 
 _CARRY_OUT: dict[str, Callable[..., Any]] = {
-    "panel": _panel,
     "off": _off,
     "list": _list,
     "show": _show,

@@ -18,6 +18,7 @@ from nblens.jupyter.assets import script, style
 from nblens.jupyter.live import FINAL, LiveRequest, LiveRunner, LiveText
 from nblens.jupyter.panel_state import PanelState, VectorRow, as_code
 from nblens.jupyter.panel_view import row_values, state_values, strength_curves
+from nblens.jupyter.stand_in import WithStandIn
 from nblens.layers import format_layers, parse_layers
 from nblens.specs import Steer
 
@@ -31,7 +32,7 @@ __all__ = ["SteeringPanel"]
 _SCRIPTS = ("shortcuts", "steering_panel_words", "steering_panel_controls", "steering_panel")
 
 
-class SteeringPanel(anywidget.AnyWidget):
+class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     """Sliders for the steering vectors of a session, with text that follows them.
 
     >>> panel = SteeringPanel(prompt="A page about the museum. The picture was")     # doctest: +SKIP
@@ -268,6 +269,7 @@ class SteeringPanel(anywidget.AnyWidget):
         self.send({"type": "text", **asdict(text)})
         if text.state in FINAL:
             self.outcome = asdict(text)
+            self.update_stand_in()
             if text.state != "done":
                 self._asked = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
+from html import escape
 from threading import RLock
 from typing import Any
 
@@ -18,6 +19,7 @@ from nblens.jupyter.assets import script, style
 from nblens.jupyter.grid_export import EXPORTS, export
 from nblens.jupyter.grid_payload import Vocabulary, encode_columns
 from nblens.jupyter.grid_sheets import DIFFERENCE, Site, joined, read_sites, shown_object
+from nblens.jupyter.stand_in import WithStandIn
 from nblens.lens.html import render_fragment
 from nblens.lens.trajectory import METRICS, Trajectory
 
@@ -49,7 +51,7 @@ class _RefusedError(UserError, traitlets.TraitError):
     """A value that a trait does not take: of several that the page sets at once, none is then set."""
 
 
-class TrajectoryGrid(anywidget.AnyWidget):
+class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     """A grid that one can zoom, search and question, in a notebook.
 
     >>> grid = TrajectoryGrid(session.lens("In Warsaw you pay with the"))        # doctest: +SKIP
@@ -183,17 +185,29 @@ class TrajectoryGrid(anywidget.AnyWidget):
         return f"TrajectoryGrid({size} at {names}, {site.base.model})"
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
-        """The live widget, and for where there is no kernel a picture, a table and a line of text."""
+        """The live widget, and for what cannot show it a picture, a table and a line of text."""
         made = super()._repr_mimebundle_(**options)
         data, metadata = made if isinstance(made, tuple) else (made or {}, {})
         data = {**data, "text/plain": repr(self)}
         with self._lock:
-            sites, shown = self._sites, shown_object(self._sites)
+            shown = shown_object(self._sites)
         if self.n_tokens:
             data["image/png"] = _picture(shown, self.metric)
-            if sum(t.n_tokens * t.n_layers for s in sites for t in s.trajectories.values()) <= _MOST_STATIC_CELLS:
+            if self._n_cells <= _MOST_STATIC_CELLS:
                 data["text/html"] = render_fragment(shown, metric=self.metric)
         return data, metadata
+
+    def _as_html(self) -> str:
+        """A table of the cells, or a picture where they are too many for one."""
+        with self._lock:
+            shown = shown_object(self._sites)
+        if self._n_cells <= _MOST_STATIC_CELLS:
+            return render_fragment(shown, metric=self.metric)
+        return f'<img alt="{escape(repr(self))}" src="data:image/png;base64,{_picture(shown, self.metric)}">'
+
+    @property
+    def _n_cells(self) -> int:
+        return sum(t.n_tokens * t.n_layers for site in self._sites for t in site.trajectories.values())
 
     # What is shown, and how it travels
 

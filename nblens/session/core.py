@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,18 @@ from nblens.results import Generation, RunResult
 from nblens.runtime.backend import Backend
 from nblens.runtime.engine import Engine
 from nblens.runtime.local import LocalBackend
-from nblens.specs import Event, LensTensors, Request, RunSpec, Steer, SteeringWrite
+from nblens.specs import Event, LensTensors, ReadoutSlice, Request, RunSpec, Steer, SteeringWrite
 from nblens.steering.store import LiveSteering, Steering, VectorStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SessionCore"]
+__all__ = ["SessionCore", "Watch"]
+
+Watch = Callable[[Any], object]
+"""Takes what a run has read so far, in the form in which it will be returned; True: stop."""
+
+_LOOK_SECONDS = 0.1
 
 # What `session.steer` changes is called so in a run, apart from vectors that a call names itself
 _LIVE = "live:"
@@ -72,26 +78,40 @@ class SessionCore:
     def events(
         self, spec: Request, watch: Callable[[Event], object] = lambda event: None
     ) -> tuple[Sequence[Event], bool]:
-        """Every event of a request, and whether Ctrl-C cut it short; it is waited for until it has stopped."""
+        """Every event of a request, and whether Ctrl-C cut it short; it is waited for until it has stopped.
+
+        `watch` sees each as it comes; what it answers with True is stopped.
+        """
         stream = self._backend().stream(spec)
         interrupted = False
         while True:
             try:
                 for event in stream:
-                    watch(event)
+                    if watch(event) is True:
+                        stream.cancel()
                 return stream.log, interrupted
             except KeyboardInterrupt:
                 if interrupted:  # asked twice: do not wait for the step in progress
                     raise
                 interrupted = True
                 stream.cancel()
+            except BaseException:  # the run's own, or the watcher's: nobody is left to take what comes
+                stream.cancel()
+                raise
 
-    def _run(self, spec: RunSpec, assemble: Callable[[RunResult], Any]) -> Any:
+    def _run(self, spec: RunSpec, assemble: Callable[[RunResult], Any], watch: Watch | None = None) -> Any:
         """Run to the end; a run that is stopped raises `Interrupted` with what it had read."""
         if spec.lens and spec.lens.lens != LOGIT:
             self._place_lens(spec.lens.lens)
-        result = RunResult(spec, self.architecture, self.placement.model, self._text_of)
-        events, interrupted = self.events(spec)
+
+        def empty() -> RunResult:
+            return RunResult(spec, self.architecture, self.placement.model, self._text_of)
+
+        result = empty()
+        if watch is None:
+            events, interrupted = self.events(spec)
+        else:
+            events, interrupted = self.events(replace(spec, watched=True), _Onlooker(empty(), assemble, watch))
         for event in events:
             result.add(event)
         if interrupted or result.cancelled:
@@ -162,3 +182,20 @@ class SessionCore:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Onlooker:
+    """Shows a run's growing result to somebody, first when there is nothing yet, then ten times a second at most."""
+
+    def __init__(self, result: RunResult, assemble: Callable[[RunResult], Any], watch: Watch) -> None:
+        self._result, self._assemble, self._watch = result, assemble, watch
+        watch(assemble(result))
+        self._looked = time.monotonic()
+
+    def __call__(self, event: Event) -> bool:
+        self._result.add(event)
+        if not isinstance(event, ReadoutSlice) or time.monotonic() - self._looked < _LOOK_SECONDS:
+            return False
+        stop = self._watch(self._assemble(self._result)) is True
+        self._looked = time.monotonic()
+        return stop

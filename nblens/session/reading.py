@@ -12,7 +12,7 @@ from nblens.lens.attribution import Attribution
 from nblens.lens.difference import Comparison
 from nblens.requests import Prompt
 from nblens.results import RunResult
-from nblens.session.core import SessionCore
+from nblens.session.core import SessionCore, Watch
 from nblens.specs import LENS_METRICS, RunSpec
 from nblens.steering.store import Steering
 
@@ -37,6 +37,7 @@ class Reading(SessionCore):
         seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         metrics: Sequence[str] = LENS_METRICS,
+        watch: Watch | None = None,
     ) -> Any:
         """Read what every block would have said at every token.
 
@@ -75,6 +76,9 @@ class Reading(SessionCore):
             0: greedy.
         metrics : sequence of {"entropy", "kl", "rank"}
             What to compute beside log-probabilities; what is left out is NaN, and −1 for ranks.
+        watch : callable, optional
+            Called before the run and then up to ten times a second with what has been read so far, in the form in
+            which it will be returned; where it returns True, the run stops as by Ctrl-C.
 
         Returns
         -------
@@ -100,7 +104,7 @@ class Reading(SessionCore):
         def assemble(result: RunResult) -> Any:
             return _shaped((result.trajectories(row) for row in result.rows), sites, single)
 
-        return self._run(spec, assemble)
+        return self._run(spec, assemble, watch)
 
     def attribute(
         self,
@@ -162,6 +166,7 @@ class Reading(SessionCore):
         seed: int | None = None,
         temperature: float = 0.0,
         metrics: Sequence[str] = LENS_METRICS,
+        watch: Watch | None = None,
         **options: Any,
     ) -> Comparison:
         """Read the same prompt without and with steering, as two rows of one batch.
@@ -191,7 +196,7 @@ class Reading(SessionCore):
             base, steered = (result.trajectories(row)[site] for row in result.rows)
             return Comparison(base, steered, *(self._decode(result.sampled(row)) for row in result.rows))
 
-        return self._run(spec, assemble)
+        return self._run(spec, assemble, watch)
 
     def capture(
         self,

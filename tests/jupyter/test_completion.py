@@ -57,7 +57,7 @@ def test_lenses_complete(complete, session):
 
 def test_commands_of_steer_complete(complete, vectors):
     assert set(complete("%steer ")) == {
-        "%steer panel", "%steer off", "%steer list", "%steer save", "%steer load", "%steer show",
+        "%steer off", "%steer list", "%steer save", "%steer load", "%steer show",
         "%steer extract", "%steer sweep",
         "%steer eval", "%steer experiment", "%steer cheerful=", "%steer formal=",
     }  # fmt: skip

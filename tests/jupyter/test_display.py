@@ -74,10 +74,3 @@ def test_a_steerability_report_is_shown_as_a_table(shell):
     assert '<td style="text-align:left">anti-steerable</td><td style="text-align:left">25.0%</td>' in source
     assert "&lt;b&gt;: mean_diff" in source
     assert "<b>" not in source
-
-
-def test_a_steerability_report_may_be_shown_as_a_picture(shell):
-    report = made_up_report()
-    show_as(report, png=lambda _: b"\x89PNG")
-    data, _ = shell.display_formatter.format(report)
-    assert data == {"text/plain": repr(report), "image/png": b"\x89PNG"}

@@ -61,7 +61,7 @@ class Grid {
       metric: set("metric"), site: set("site"), view: set("view"),
       zoom: (factor) => this.zoom(factor), whole: () => this.showWhole(),
       search: (text) => this.search(text), step: (by) => this.step(by), clearSearch: () => this.clearSearch(),
-      save: (kind) => this.save(kind),
+      save: (kind) => this.save(kind), stop: () => this.model.send({ type: "stop" }),
     }, signal);
     this.canvas = element("canvas", { "aria-hidden": "true" });
     this.cell = element("div", { role: "gridcell", tabindex: "0", class: "nbg-cell" });
@@ -80,7 +80,7 @@ class Grid {
       element("div", {}, this.curvesHead, this.curves));
     this.live = element("div", { class: "nbg-hidden", "aria-live": "polite" });
     this.alert = element("div", { class: "nbg-alert", role: "alert" });
-    this.root = element("div", { class: "nbg", "data-lm-suppress-shortcuts": "true" },
+    this.root = element("div", { class: "nbg", "data-nblens": this.model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" },
       this.header.node, this.stage, this.caption, this.detail, this.alert, this.live, element("span", { class: "nbg-hidden nbg-mono" }));
     el.append(this.root);
     this.theme = readTheme(this.root);
@@ -89,7 +89,7 @@ class Grid {
   watchModel(signal) {
     const read = () => this.readModel();
     const heard = (message, buffers) => this.hear(message, buffers);
-    const names = ["metric", "view", "site", "selection", "_pinned_ids"].map((name) => `change:${name}`);
+    const names = ["metric", "view", "site", "selection", "_pinned_ids", "_running"].map((name) => `change:${name}`);
     for (const name of names) this.model.on(name, read);
     this.model.on("msg:custom", heard);
     signal.addEventListener("abort", () => {
@@ -130,7 +130,7 @@ class Grid {
     this.selected = inside ? { row: this.panel.layers.indexOf(selection[0]), column: selection[1] } : null;
     const same = !grown && old && old.sheet === this.panel.sheet && old.view === this.panel.view && metric === this.metric;
     if (!same) this.repaint();
-    this.header.refresh({ panel: this.panel, data: this.data, metricName: this.metric });
+    this.header.refresh({ panel: this.panel, data: this.data, metricName: this.metric, running: this.model.get("_running") });
     this.caption.textContent = this.captionText();
     this.detailDue = true;
     this.schedule();

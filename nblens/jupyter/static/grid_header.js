@@ -18,11 +18,13 @@ export function makeHeader(acts, signal) {
     button("⤢", "show all (0)", acts.whole, signal));
   const files = element("span", { class: "nbg-group", role: "group", "aria-label": "save as" },
     ...["PNG", "HTML", "JSON"].map((kind) => button(kind, `save as ${kind}`, () => acts.save(kind.toLowerCase()), signal)));
+  const stop = button("■ Stop", "stop the run", acts.stop, signal);
   const node = element("div", { class: "nbg-header", role: "toolbar", "aria-label": "trajectory grid" },
-    metric, site, view, search.node, element("span", { class: "nbg-gap" }), legend, zoom, files);
+    stop, metric, site, view, search.node, element("span", { class: "nbg-gap" }), legend, zoom, files);
   fill(metric, Object.entries(METRIC_NAMES));
 
-  function refresh({ panel, data, metricName }) {
+  function refresh({ panel, data, metricName, running }) {
+    stop.hidden = !running;
     metric.value = metricName;
     fill(site, [...data.sites.keys()].map((name) => [name, name]));
     site.value = panel.site.name;

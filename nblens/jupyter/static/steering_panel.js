@@ -21,7 +21,7 @@ function render({ model, el }) {
     alert.textContent = text;
     alert.hidden = !text;
   };
-  const root = element("section", { className: "nblens-panel", "aria-label": "Steering panel", "data-lm-suppress-shortcuts": "true" });
+  const root = element("section", { className: "nblens-panel", "aria-label": "Steering panel", "data-nblens": model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" });
   root.append(settings.vectors, settings.prompt, settings.node, alert, texts.node, element("div", { className: "nbp-foot" }, code.button, texts.status, texts.speed), code.box);
   el.append(root);
 
