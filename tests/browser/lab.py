@@ -71,24 +71,17 @@ class LabNotebook:
         self.page = page
         page.goto(f"{address}/lab/tree/{path}?reset")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.context", timeout=60_000)
-        page.evaluate(
-            """async () => {
-                await window.jupyterapp.restored;
-                const panel = window.jupyterapp.shell.currentWidget;
-                await panel.context.ready;
-                await panel.sessionContext.ready;
-                await panel.sessionContext.session.kernel.info;
-            }"""
-        )
+        page.wait_for_function("window.jupyterapp.shell.currentWidget.context.isReady", timeout=60_000)
+        self.wait_until_idle()
 
     def run_all(self) -> None:
         """Run every cell and wait until the last has ended."""
         self.command("notebook:run-all-cells")
         self.wait_until_idle()
 
-    def command(self, name: str) -> None:
+    def command(self, name: str, **arguments: Any) -> None:
         """Carry out one of JupyterLab's commands; running cells ends when they have run."""
-        self.page.evaluate("name => window.jupyterapp.commands.execute(name)", name)
+        self.page.evaluate("all => window.jupyterapp.commands.execute(...all)", [name, arguments])
 
     def wait_until_idle(self, seconds: float = 60) -> None:
         """Wait until the kernel is idle."""
