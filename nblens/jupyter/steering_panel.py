@@ -51,7 +51,8 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     value : mapping, optional
         Name → coefficient; None: the live setting.
     measured : SteerabilityReport or Sweep, or several of them
-        Whose strength curves the panel draws beside the vectors' sliders; of a sweep, one with `answers`.
+        Whose strength curves the panel draws beside the vectors' sliders, instead of those of the session's own
+        reports; of a sweep, one with `answers`.
     once : bool
         Generate while the page waits instead of in the background: for front ends that drop what a thread sends.
     **options
@@ -274,7 +275,8 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
                 self._asked = None
 
     def _show(self, *, again: bool = False) -> None:
-        rows = [row_values(row, self._state.write, self._session, self._curves) for row in self._state.rows]
+        curves = {**strength_curves([*self._session.reports.values()]), **self._curves}
+        rows = [row_values(row, self._state.write, self._session, curves) for row in self._state.rows]
         values = {"rows": rows, **state_values(self._state, self._once)}
         if again:  # a page that showed something refused takes back what holds
             self.send({"type": "state", "state": values})

@@ -26,6 +26,9 @@ from nblens.steering.store import LiveSteering, Steering, VectorStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nblens.steering.report import SteerabilityReport
+    from nblens.steering.vectors import SteeringVector
+
 __all__ = ["SessionCore", "Watch"]
 
 Watch = Callable[[Any], object]
@@ -51,6 +54,7 @@ class SessionCore:
         self.lenses = LensStore(self.architecture.n_blocks, self.architecture.d_model)
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
+        self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
         self._placed: dict[str, Lens] = {}
         self._text_of = TokenTexts(tokenizer)
         text_config = engine.model.config.get_text_config(decoder=True)

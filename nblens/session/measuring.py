@@ -185,3 +185,9 @@ class Measuring(SteeringRequests):
             allowed = report.side_effects.largest_coefficients(report.kl_budget)
             vector = replace(vector, kl_range=(allowed.low, allowed.high))
         self.vectors[vector.name] = vector
+        self._measured[vector.name] = self.vectors[vector.name], report
+
+    @property
+    def reports(self) -> dict[str, SteerabilityReport]:
+        """The last report of each vector that has not been replaced since."""
+        return {name: report for name, (vector, report) in self._measured.items() if self.vectors.get(name) is vector}

@@ -75,7 +75,7 @@ def show(page):
         widget.send = send
         widget.observe(
             lambda change: page.evaluate("([n, v]) => fromPython(n, v)", [change["name"], change["new"]]),
-            ["metric", "view", "site", "selection", "_pinned_ids", "_n_tokens"],
+            ["metric", "view", "site", "selection", "_pinned_ids", "_n_tokens", "_running"],
         )
 
     def flush(widget):

@@ -1,9 +1,8 @@
 """Notebooks and widgets in a real JupyterLab, with the built-in model.
 
-Where the environment names a folder in NBLENS_SCREENSHOTS, what is seen is kept there: the README's pictures are made so.
+What is seen is kept in `screenshots/`: the README's pictures are made so.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,11 +14,13 @@ from browser.lab import LabNotebook, jupyterlab
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-SHOTS = Path(os.environ.get("NBLENS_SCREENSHOTS", "/nonexistent"))
+SHOTS = Path(__file__).parent / "screenshots"
 CELLS = [
     "%load_ext nblens\n%load_sharded",
     "from nblens.demo import corpus\nimport nblens\nsession = nblens.current()\n"
-    'session.extract("cheerful", corpus.contrast_pairs("mood", "train", 32));',
+    'session.extract("cheerful", corpus.contrast_pairs("mood", "train", 32))\n'
+    'samples = corpus.behavior_samples("mood", "heldout", 12)\n'
+    'session.steerability("cheerful", samples, controls=False, progress=False);',
     "%lens --generate 3 -o warsaw In Warsaw you pay with the",
     "%steer -o panel",
 ]
@@ -72,9 +73,9 @@ def widgets(executed):
 
 
 def keep_picture(name, taken):
-    """Keep a picture of a page or of an element where the environment asks for one."""
-    if SHOTS.is_dir():
-        taken.screenshot(path=SHOTS / f"{name}.png")
+    """Keep a picture of a page or of an element."""
+    SHOTS.mkdir(exist_ok=True)
+    taken.screenshot(path=SHOTS / f"{name}.png")
 
 
 def point_at(page, row, column, *, click=False):
@@ -96,8 +97,8 @@ def point_at(page, row, column, *, click=False):
         page.mouse.up()
 
 
-def write_slowly(page, n_tokens):
-    """Ask for a text so long that one can act while it is being written."""
+def ask_for(page, n_tokens):
+    """A prompt, and how long its text shall be."""
     page.get_by_role("textbox", name="prompt").fill("The summer was")
     page.get_by_role("textbox", name="prompt").press("Tab")
     field = page.locator(".nblens-panel").get_by_label("tokens")
@@ -148,7 +149,7 @@ def test_a_slider_dragged_while_the_model_writes_changes_the_text(widgets):
     page = widgets.page
     panel = page.locator(".nblens-panel")
     panel.scroll_into_view_if_needed()
-    write_slowly(page, 60)
+    ask_for(page, 60)
     panel.get_by_role("button", name="Generate").click()
     panel.get_by_text("done").wait_for(timeout=30_000)
     plain = panel.locator(".nbp-steered .nbp-text").inner_text()
@@ -181,7 +182,7 @@ def drag(page, slider, share):
 def test_stop_ends_the_text_within_a_token(widgets):
     page = widgets.page
     panel = page.locator(".nblens-panel")
-    write_slowly(page, 400)
+    ask_for(page, 400)
     panel.get_by_role("button", name="Generate").click()
     page.wait_for_function("document.querySelector('.nbp-steered .nbp-text').innerText.length > 5")
     stop = panel.get_by_role("button", name="Stop")
@@ -206,6 +207,9 @@ def test_the_dark_theme_reaches_both_widgets(widgets):
     ink = page.locator(".nbg-caption").evaluate("node => getComputedStyle(node).color.match(/[\\d.]+/g).map(Number)")
     assert min(ink[:3]) > 120
     keep_picture("grid_dark", page.locator(".nbg"))
+    ask_for(page, 60)
+    page.get_by_role("button", name="Generate").click()
+    page.locator(".nbp-status").get_by_text("done").wait_for(timeout=30_000)
     keep_picture("panel_dark", page.locator(".nblens-panel"))
     widgets.command("apputils:change-theme", theme="JupyterLab Light")
 

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from trajectories import VOCABULARY, made_up, made_up_comparison
 
 from nblens.appearance import MAGNITUDE_COLORS, Scale, percent, visible
+from nblens.jupyter.live_grid import LiveGrid
 from nblens.jupyter.trajectory_grid import TrajectoryGrid
 from nblens.lens.by_site import SiteTrajectories
 
@@ -420,3 +422,18 @@ def test_nothing_stays_behind_on_the_page(show, page):
     page.evaluate("() => { stop(); stopModel(); }")
     assert page.evaluate("model.listenerCount()") == 0
     assert page.evaluate("el.childElementCount") == 0
+
+
+def test_a_run_in_the_background_has_a_stop_button(show):
+    grid = LiveGrid(made_up(3, 4))
+    grid._run = SimpleNamespace(stopping=False)
+    shown = show(grid)
+    shown.page.get_by_role("button", name="stop the run").click()
+    shown.flush()
+    assert grid._run.stopping
+    grid._running = False
+    shown.page.get_by_role("button", name="stop the run").wait_for(state="hidden")
+
+
+def test_a_finished_grid_has_none(show):
+    assert not show(TrajectoryGrid(made_up(3, 4))).page.get_by_role("button", name="stop the run").is_visible()

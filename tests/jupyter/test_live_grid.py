@@ -152,7 +152,7 @@ def test_live_stops(kernel, session, slow):
     grid._answer(grid, {"type": "stop"}, [])
     assert grid.wait(20)
     assert grid.result.n_tokens < 20
-    assert [message["text"] for message in grid.sent if message["type"] == "error"][0].startswith("stopped after")
+    assert next(message["text"] for message in grid.sent if message["type"] == "error").startswith("stopped after")
 
 
 @pytest.mark.parametrize(

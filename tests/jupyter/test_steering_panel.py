@@ -422,3 +422,14 @@ def test_100_panels_leave_nothing(shell, model):
             thread.join(5)
     del runner, thread
     assert left() == before
+
+
+def test_a_measured_vector_brings_its_curve(panel, model):
+    samples = [nblens.Sample("the cat", " sat", " ran"), nblens.Sample("a man", " sat", " ran")]
+    report = model.steerability("one", samples, controls=False, neutral=["the cat sat on the mat"], progress=False)
+    panel.refresh()
+    curve = panel.state["rows"][0]["curve"]
+    assert curve["y"] == pytest.approx(report.dose_response.mean_curve.tolist())
+    model.vectors["one"] = replace(model.vectors["one"], layers=(0,))
+    panel.refresh()
+    assert panel.state["rows"][0]["curve"] is None, "it was measured of another vector"

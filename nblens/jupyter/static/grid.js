@@ -131,7 +131,7 @@ class Grid {
     const same = !grown && old && old.sheet === this.panel.sheet && old.view === this.panel.view && metric === this.metric;
     if (!same) this.repaint();
     this.header.refresh({ panel: this.panel, data: this.data, metricName: this.metric, running: this.model.get("_running") });
-    this.caption.textContent = this.captionText();
+    this.caption.textContent = this.caption.title = this.captionText();
     this.detailDue = true;
     this.schedule();
   }
