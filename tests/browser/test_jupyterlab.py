@@ -32,9 +32,9 @@ def lab(tmp_path_factory):
     shutil.copy(NOTEBOOKS / "01_quickstart.ipynb", root)
     cells = [nbformat.v4.new_code_cell(source) for source in CELLS]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
-    for name in ("widgets", "saved"):
-        notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
-        nbformat.write(notebook, root / f"{name}.ipynb")
+    live = nbformat.v4.new_code_cell("%lens --live --generate 400 The summer was")
+    for name, sources in {"widgets": cells, "saved": cells, "live": [cells[0], live]}.items():
+        nbformat.write(nbformat.v4.new_notebook(cells=sources, metadata=kernel), root / f"{name}.ipynb")
     with jupyterlab(root, tmp_path_factory.mktemp("lab")) as address:
         yield address
 
@@ -192,6 +192,19 @@ def test_stop_ends_the_text_within_a_token(widgets):
     page.wait_for_timeout(300)
     assert len(panel.locator(".nbp-steered .nbp-text").inner_text()) == length
     widgets.wait_until_idle(5)
+
+
+def test_a_live_run_leaves_the_kernel_free_and_stops(notebook_in):
+    notebook = notebook_in("live.ipynb")
+    notebook.run_all()
+    page = notebook.page
+    stop = page.get_by_role("button", name="stop the run")
+    stop.wait_for()
+    page.get_by_text(re.compile(r"12 blocks × \d\d+ tokens")).wait_for()
+    stop.click()
+    page.get_by_role("alert").get_by_text("stopped after").wait_for(timeout=5_000)
+    stop.wait_for(state="hidden")
+    assert notebook.errors == []
 
 
 def test_the_dark_theme_reaches_both_widgets(widgets):
