@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nblens.errors import (
     DeviceMemoryError,
+    DoesNotFitError,
     FileFormatError,
     Interrupted,
     NblensError,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from nblens.lens.trajectory import Trajectory
     from nblens.lens.translators import Lens
     from nblens.loading import attach, current, load
+    from nblens.model.plan import Plan
+    from nblens.model.planning import plan
     from nblens.results import Generation
     from nblens.session import Session
     from nblens.specs import Steer
@@ -45,6 +48,7 @@ _LAZY = {
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
     "Lens": "nblens.lens.translators",
+    "Plan": "nblens.model.plan",
     "Sample": "nblens.steering.samples",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
@@ -56,18 +60,21 @@ _LAZY = {
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",
+    "plan": "nblens.model.planning",
 }
 
 __all__ = [
     "Attribution",
     "Comparison",
     "DeviceMemoryError",
+    "DoesNotFitError",
     "FileFormatError",
     "Generation",
     "Interrupted",
     "Lens",
     "NblensError",
     "NoModelError",
+    "Plan",
     "Sample",
     "Session",
     "Steer",
@@ -83,6 +90,7 @@ __all__ = [
     "attach",
     "current",
     "load",
+    "plan",
 ]
 
 

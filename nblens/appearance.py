@@ -10,6 +10,7 @@ r"""How tokens and numbers are drawn: the same in HTML, in figures and in text.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 __all__ = [
     "TITLES",
     "Scale",
+    "aligned",
+    "byte_size",
     "cell_values",
     "changed_values",
     "contrast",
@@ -210,7 +213,31 @@ def percent(probability: float) -> str:
 
 def short_number(value: float) -> str:
     """A number in at most three digits: `0.5`, `−1.2`, `12`, `10k`."""
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return short_number(value / unit) + letter
     return f"{value:.3g}".replace("-", "\u2212")
+
+
+def byte_size(n_bytes: int) -> str:
+    """Bytes as `312 MiB`, `15.0 GiB`; a lack of them as `−3.2 GiB`."""
+    value, sign = float(abs(n_bytes)), "−" if n_bytes < 0 else ""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{sign}{value:.0f} {unit}"
+        value /= 1024
+    return f"{sign}{value:.1f} GiB"
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; a column whose name begins with > is set flush right, and the last is never padded."""
+    cells = [[name.lstrip(">") for name in columns], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [name.startswith(">") for name in columns]
+    return [
+        "  ".join(
+            text.rjust(width) if flush else text.ljust(width)
+            for text, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]

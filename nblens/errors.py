@@ -5,6 +5,7 @@
     NblensError
     ├── UserError (also ValueError)      a mistake in what was asked; one line, says what would do
     │   ├── NoModelError                 no model is loaded
+    │   ├── DoesNotFitError              a model too large for the devices; `.plan` says what would fit
     │   ├── VectorMismatchError          a steering vector made for another model
     │   └── FileFormatError              a damaged, foreign or hostile file
     ├── UnsupportedModelError            a part could not be found, or the readout is not the model's own
@@ -20,6 +21,7 @@ from typing import Any
 
 __all__ = [
     "DeviceMemoryError",
+    "DoesNotFitError",
     "FileFormatError",
     "Interrupted",
     "NblensError",
@@ -42,6 +44,20 @@ class UserError(NblensError, ValueError):
 
 class NoModelError(UserError):
     """No model is loaded in this session."""
+
+
+class DoesNotFitError(UserError):
+    """A model that is too large for the devices, refused before its weights are read.
+
+    Attributes
+    ----------
+    plan : nblens.Plan
+        What each device would have to hold, and settings that would fit.
+    """
+
+    def __init__(self, message: str, plan: Any = None) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 class VectorMismatchError(UserError):

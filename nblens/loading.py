@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import NoModelError, UserError, first_line
+from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line
+from nblens.model.checkpoint import DEMO_MODEL, read_config, source_of
+from nblens.model.devices import is_description, limits_here
 from nblens.model.placement import describe_placement
+from nblens.model.plan import Plan
+from nblens.model.planning import Checkpoint, named_dtype, plan_of
+from nblens.model.quantization import quantization_config
+from nblens.model.sharing import Setting
 from nblens.runtime.engine import Engine
 from nblens.session import Session
 
@@ -21,10 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DEMO_MODEL", "attach", "current", "load"]
 
-DEMO_MODEL = "nblens-demo"
-"""Name of the model that comes with nblens."""
-
 _current: Session | None = None
+_loaded: Session | None = None
+"""the last that `load` made: its model is freed when another is loaded, one that was attached stays the caller's"""
 _lock = threading.Lock()
 
 
@@ -36,6 +41,7 @@ def load(
     devices: str | Mapping[str, Any] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_dir: str | None = None,
+    quantization: str | None = None,
     trust_remote_code: bool = False,
 ) -> Session:
     """Load a causal LM and make it the session-wide model.
@@ -43,8 +49,8 @@ def load(
     >>> session = nblens.load()                                     # the built-in model
     >>> session = nblens.load("meta-llama/Llama-3.1-8B")            # doctest: +SKIP
 
-    The configuration and the tokenizer are read first; only when both are sound is the model that was loaded
-    before freed.
+    The configuration and the tokenizer are read first, and what goes where is planned; only when all is sound and
+    fits is the model that was loaded before freed.
 
     Parameters
     ----------
@@ -55,11 +61,15 @@ def load(
     dtype : str or torch.dtype
         "auto": the checkpoint's own on a GPU, float32 on a CPU.
     devices : str or mapping
-        "auto": all GPUs there are, else the CPU; a device ("cuda:1", "cpu"); or an accelerate `device_map`.
+        "auto": all GPUs there are, then memory, from which weights are brought in at every pass; else the CPU; a
+        device ("cuda:1", "cpu"); or an accelerate `device_map`. Blocks are never split.
     max_memory : mapping, optional
-        Most memory to use per device, as accelerate takes it: ``{0: "20GiB", "cpu": "60GiB"}``.
+        Most memory to use per device, as accelerate takes it: ``{0: "20GiB", "cpu": "60GiB"}``. Devices that it leaves
+        out are not used.
     offload_dir : str, optional
         Folder for weights that fit neither GPUs nor memory.
+    quantization : str, optional
+        "8bit" or "4bit" (bitsandbytes), "int8" or "int4" (torchao): linear modules but for the lm_head.
     trust_remote_code : bool
         Run code that comes with the model. Off unless asked for, and never remembered.
 
@@ -67,23 +77,28 @@ def load(
     ------
     UserError
         There is no such model, or an option is wrong.
+    DoesNotFitError
+        It is too large for the devices; `nblens.plan` tells the same without loading.
     UnsupportedModelError
         The model's parts could not be found, or its readout is not the model's own.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    global _loaded
     began = time.perf_counter()
-    source = str(Path(__file__).parent / "demo" / "weights") if model is None else model
+    source = source_of(model)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = read_config(model, **where)
     try:
-        config = AutoConfig.from_pretrained(source, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     _check_files(source)
-    device_map = _device_map(devices)
-    dtype = _dtype(dtype, device_map)
+    checkpoint = Checkpoint(model or DEMO_MODEL, config, source, **where)
+    setting = Setting(dtype, quantization, disk=offload_dir is not None)
+    planned = _checked_plan(checkpoint, setting, devices, max_memory)
+    quantized = _quantized(planned)
     if _current is not None:
         _current.unload()
     try:
@@ -91,15 +106,15 @@ def load(
             hf_model = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
-                dtype=dtype,
-                device_map=device_map,
-                max_memory=dict(max_memory) if max_memory else None,
+                dtype=named_dtype(planned.dtype),
+                device_map=dict(planned.device_map),
                 offload_folder=offload_dir,
+                **quantized,
                 **where,
             )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
-    session = _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
+    session = _loaded = _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
     if model is None:
         from nblens.demo.corpus import neutral_texts
 
@@ -177,23 +192,36 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def _device_map(devices: str | Mapping[str, Any]) -> str | dict[str, Any]:
-    if not isinstance(devices, str):
-        return dict(devices)
-    if devices == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    return devices
+def _checked_plan(
+    checkpoint: Checkpoint,
+    setting: Setting,
+    devices: str | Mapping[str, Any],
+    max_memory: Mapping[int | str, int | str] | None,
+) -> Plan:
+    """What goes where on this machine; a model that does not fit is refused with the plan."""
+    if is_description(devices):
+        max_memory, devices = {**devices, **(max_memory or {})}, "auto"
+    device_map = devices if isinstance(devices, Mapping) else None
+    limits = limits_here(devices, max_memory, _freed())
+    planned = plan_of(checkpoint, limits, setting, device_map)
+    if planned.fits is False:
+        raise DoesNotFitError(f"{checkpoint.name} was not loaded: {planned.verdict}\n{planned}", planned)
+    return planned
 
 
-def _dtype(dtype: str | torch.dtype, device_map: str | Mapping[str, Any]) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype == "auto":
-        return torch.float32 if device_map == "cpu" else "auto"
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise UserError(f"dtype {dtype!r} is unknown; one of auto, float32, bfloat16, float16")
-    return named
+def _freed() -> dict[str, int]:
+    """Bytes per device that are freed before weights are read."""
+    if _current is None or _current is not _loaded or _current.backend is None:
+        return {}
+    return {share.device: share.weight_bytes for share in _current.placement.devices}
+
+
+def _quantized(planned: Plan) -> dict[str, Any]:
+    """What `from_pretrained` needs to quantize."""
+    if planned.quantization is None:
+        return {}
+    dtype, keep = named_dtype(planned.dtype), planned.kept_modules
+    return {"quantization_config": quantization_config(planned.quantization, dtype, keep)}
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

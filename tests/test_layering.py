@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "appearance": {"errors"},
     "plots": {"errors", "appearance"},
     "demo": set(),
-    "model": FOUNDATION,
+    "model": FOUNDATION | {"appearance"},
     "lens": FOUNDATION | {"model", "appearance", "plots"},
     "steering": FOUNDATION | {"model", "appearance", "plots"},
     "runtime": FOUNDATION | {"model", "lens", "steering"},

@@ -961,7 +961,7 @@ def test_every_interrupted_call_gives_what_it_would_have_returned(session, cance
 
 
 def test_an_interrupted_prefill_keeps_the_chunks_that_were_read(session, cancelled, monkeypatch):
-    monkeypatch.setattr("nblens.runtime.memory._LARGEST", 3)
+    monkeypatch.setattr("nblens.model.placement._LARGEST_STEP", 3)
     stopped, widths = interrupted_at(session, cancelled, 2, lambda: session.lens(PROMPT))
     assert widths == [3, 3]
     assert stopped.partial.token_ids.tolist() == PROMPT[:6]
@@ -1154,7 +1154,7 @@ def test_out_of_memory_halves_the_chunk_and_the_caller_sees_the_normal_result(se
 
 
 def test_memory_that_ran_out_halfway_leaves_no_token_twice(session, monkeypatch):
-    monkeypatch.setattr("nblens.runtime.memory._LARGEST", 4)
+    monkeypatch.setattr("nblens.model.placement._LARGEST_STEP", 4)
     full, acts = session.lens(PROMPT, generate=3), session.capture(PROMPT)
 
     def once(number):

@@ -235,7 +235,8 @@ def _load() -> MagicParser:
         usage="%load_sharded [MODEL] [options]",
         description="Load a causal language model onto the devices there are, for the whole session.\n"
         "MODEL is a Hugging Face id or a folder; without it, the small model that comes with nblens.",
-        examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n  %load_sharded --status",
+        examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n  %load_sharded --status\n"
+        "  %load_sharded meta-llama/Llama-3.1-70B --plan --max-memory 0=80GiB --max-memory 1=80GiB",
     )
     parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
     parser.add_argument("--devices", default="auto", help="auto (default): all GPUs, else the CPU; or cuda:1, cpu")
@@ -247,6 +248,14 @@ def _load() -> MagicParser:
         help="most memory to use on a device, such as 0=20GiB; may be repeated",
     )
     parser.add_argument("--offload", metavar="DIR", help="folder for weights that fit nowhere else")
+    parser.add_argument(
+        "--quantization", metavar="NAME", help="8bit or 4bit (bitsandbytes), int8 or int4 (torchao); not the lm_head"
+    )
+    parser.add_argument("--plan", action="store_true", help="only tell what would go where, and whether it fits")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="with --plan: ranks of tensor parallelism")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="with --plan: ranks of pipeline parallelism")
+    parser.add_argument("--context", type=int, metavar="N", help="with --plan: tokens in each row (default: 2048)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="with --plan: rows (default: 1)")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--status", action="store_true", help="show what is loaded and where")

@@ -135,4 +135,5 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "--read": lambda: ["last", "label", "mean"],
     "--dtype": lambda: ["auto", "float32", "bfloat16", "float16"],
     "--devices": lambda: ["auto", "cpu", "cuda:0"],
+    "--quantization": lambda: ["8bit", "4bit", "int8", "int4"],
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from nblens.appearance import plain, short_number
+from nblens.appearance import aligned, byte_size, plain, short_number
 from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
 from nblens.lens.by_site import SiteTrajectories
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from nblens.jupyter.trajectory_grid import TrajectoryGrid
+    from nblens.model.plan import Plan
     from nblens.results import Generation, Sweep
     from nblens.session import Session
     from nblens.steering.report import SteerabilityReport
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Table",
     "placement_table",
+    "plan_table",
     "register",
     "setting_table",
     "show_as",
@@ -77,16 +79,8 @@ class Table:
     def __repr__(self) -> str:
         if not self.rows:
             return self.title
-        cells = [[name.lstrip(">") for name in self.columns], *self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        right = [name.startswith(">") for name in self.columns]
         lines = [self.title] if self.title else []
-        for row in cells:
-            padded = [
-                text.rjust(width) if flush else text.ljust(width)
-                for text, width, flush in zip(row, widths, right, strict=True)
-            ]
-            lines.append("  ".join(padded).rstrip())
+        lines += aligned(self.columns, self.rows)
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -120,11 +114,16 @@ def placement_table(session: Session) -> Table:
     )
     rows = []
     for share in placement.devices:
-        memory = f"{_size(share.weight_bytes)} of weights"
+        memory = f"{byte_size(share.weight_bytes)} of weights"
         if share.free_bytes is not None and share.total_bytes is not None:
-            memory += f", {_size(share.free_bytes)} of {_size(share.total_bytes)} free"
+            memory += f", {byte_size(share.free_bytes)} of {byte_size(share.total_bytes)} free"
         rows.append((share.device, share.parts, memory))
     return Table(title, ("device", "holds", "memory"), rows)
+
+
+def plan_table(plan: Plan) -> Table:
+    """What each device would hold, and whether it fits."""
+    return Table(f"{plan.title}; {plan.verdict}", plan.columns, plan.rows)
 
 
 def vectors_table(session: Session) -> Table:
@@ -191,15 +190,6 @@ def _blocks_written(session: Session, name: str, layers: Any) -> str:
 
 def _signed(coefficient: float) -> str:
     return f"{'+' if coefficient > 0 else ''}{short_number(coefficient)}"
-
-
-def _size(n_bytes: int) -> str:
-    value = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
 
 
 def show_as(obj: Any, **view: Any) -> None:
@@ -287,6 +277,10 @@ _TYPES: dict[Any, dict[str, Renderer]] = {
     "nblens.steering.report.SteerabilityReport": {
         HTML: lambda report: steerability_table(report)._repr_html_(),
         PNG: _nothing,
+    },
+    "nblens.model.plan.Plan": {
+        HTML: lambda plan: plan_table(plan)._repr_html_(),
+        TEXT: repr,
     },
     "nblens.session.Session": {
         HTML: lambda session: placement_table(session)._repr_html_(),

@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
+from IPython.display import display
 
-from nblens.errors import DeviceMemoryError, Interrupted, NoModelError, UnsupportedModelError, UserError
+from nblens.errors import (
+    DeviceMemoryError,
+    DoesNotFitError,
+    Interrupted,
+    NoModelError,
+    UnsupportedModelError,
+    UserError,
+    first_line,
+)
 from nblens.files import replace_file
 from nblens.jupyter import display as shown
 from nblens.jupyter import steering
@@ -125,17 +134,30 @@ class NblensMagics(Magics):
                 return session
             session.unload()
             return shown.Table(f"{session.placement.model} was unloaded")
+        model = options.words[0] if options.words else None
+        request = {
+            "revision": options.revision,
+            "dtype": options.dtype,
+            "devices": options.devices,
+            "max_memory": dict(options.max_memory) if options.max_memory else None,
+            "offload_dir": options.offload,
+            "quantization": options.quantization,
+            "trust_remote_code": options.trust_remote_code,
+        }
+        planned = {"tp": options.tp, "pp": options.pp, "context": options.context, "batch": options.batch}
+        if options.plan:
+            from nblens.model.planning import plan
+
+            return plan(model, **request, **planned)
+        if given := [name for name, value in planned.items() if value not in (1, None)]:
+            raise UserError(f"--{given[0]} goes with --plan")
         from nblens.loading import load
 
-        return load(
-            options.words[0] if options.words else None,
-            revision=options.revision,
-            dtype=options.dtype,
-            devices=options.devices,
-            max_memory=dict(options.max_memory) if options.max_memory else None,
-            offload_dir=options.offload,
-            trust_remote_code=options.trust_remote_code,
-        )
+        try:
+            return load(model, **request)
+        except DoesNotFitError as refusal:
+            display(refusal.plan)
+            raise UserError(first_line(refusal)) from None
 
     @line_cell_magic
     @_described(LENS)

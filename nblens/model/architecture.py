@@ -25,6 +25,8 @@ __all__ = [
     "Architecture",
     "LogitTransform",
     "find_architecture",
+    "find_blocks",
+    "find_lm_head",
     "input_device",
     "logit_tolerance",
     "named_scale",
@@ -101,8 +103,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
     family = getattr(model.config, "model_type", type(model).__name__)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder and a decoder; only decoders alone are read")
-    blocks_path, blocks = _find_blocks(model)
-    lm_head = _find_lm_head(model)
+    blocks_path, blocks = find_blocks(model)
+    lm_head = find_lm_head(model)
     if lm_head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no lm_head (get_output_embeddings() is None)")
     paths = {module: path for path, module in model.named_modules()}
@@ -218,13 +220,13 @@ class _Trace:
     logits: torch.Tensor
 
 
-def _find_lm_head(model: PreTrainedModel) -> nn.Module | None:
+def find_lm_head(model: PreTrainedModel) -> nn.Module | None:
     """The model's own, or that of a causal LM inside it."""
     models = [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
     return next((head for module in models if (head := module.get_output_embeddings()) is not None), None)
 
 
-def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The outermost `ModuleList` with one entry per hidden layer (longcat_flash counts two for each in one place).
 
     One in what transformers says is the decoder, and of a class that it says is a block, comes before others.

@@ -49,8 +49,8 @@ class FrozenTail:
     def __init__(self, architecture: Architecture, token_ids: list[int]) -> None:
         self._architecture = architecture
         self._norm: _Norm | None = None
-        weight, bias = _matrix(architecture.lm_head, architecture.family)
-        directions, total = weight[token_ids].double().T, bias[token_ids].double()
+        weight, bias = _matrix(architecture.lm_head, architecture.family, token_ids)
+        directions, total = weight.double().T, bias.double()
         for module in reversed(architecture.tail):
             if isinstance(module, nn.Linear):
                 weight, bias = _matrix(module, architecture.family)
@@ -109,10 +109,14 @@ class _Norm:
         return scales
 
 
-def _matrix(module: nn.Module, family: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a linear module."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or weight.is_meta or type(weight.data) is not torch.Tensor:
-        raise UnsupportedModelError(f"{family}: the weight of its {type(module).__name__} cannot be read here")
-    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
-    return weight, bias
+def _matrix(module: nn.Module, family: str, rows: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a linear module, or chosen rows of them; those that are offloaded are brought in."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or weight.is_meta or type(weight.data) is not torch.Tensor:
+            raise UnsupportedModelError(f"{family}: the weight of its {type(module).__name__} cannot be read here")
+        bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
+        chosen = slice(None) if rows is None else rows
+        return weight[chosen], bias[chosen]

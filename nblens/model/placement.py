@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from nblens.layers import format_layers
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["DeviceShare", "Placement", "describe_placement", "free_memory"]
+__all__ = ["SMALLEST_STEP", "DeviceShare", "Placement", "describe_placement", "free_memory", "in_words", "step_tokens"]
+
+_LARGEST_STEP, SMALLEST_STEP = 256, 16
+_CAPTURE_SHARE = 4  # of the free memory, one part in so many is for captured activations
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,46 @@ def _device_of(module: nn.Module, model: PreTrainedModel) -> str:
 
 def _share(device: str, blocks: list[int], others: list[str], weight_bytes: int) -> DeviceShare:
     span = format_layers(blocks)
-    parts = [part for part in others if part == "embedding"]
-    parts += [f"blocks {span}"] if blocks else []
-    parts += [part for part in others if part != "embedding"]
     free, total = free_memory(device)
-    return DeviceShare(device, span, ", ".join(parts), weight_bytes, free, total)
+    return DeviceShare(device, span, in_words(blocks, others), weight_bytes, free, total)
+
+
+def in_words(blocks: list[int], others: list[str]) -> str:
+    """Name parts of a model in order: "embedding, blocks 0-11, norm, lm_head"."""
+    parts = [part for part in others if part == "embedding"]
+    parts += [f"blocks {format_layers(blocks)}"] if blocks else []
+    parts += [part for part in others if part != "embedding"]
+    return ", ".join(parts)
+
+
+def step_tokens(bytes_per_token: int, free: int | None) -> int:
+    """Tokens of a step over all rows, each of which leaves so many bytes behind: fewer where little memory is free."""
+    if free is None or not bytes_per_token:
+        return _LARGEST_STEP
+    return min(_LARGEST_STEP, max(SMALLEST_STEP, free // _CAPTURE_SHARE // bytes_per_token))
 
 
 def free_memory(device: str) -> tuple[int | None, int | None]:
     """Free and total bytes of a device; None where nothing says."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)
-    if device == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        page = os.sysconf("SC_PAGE_SIZE")
-        return os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    if device == "cpu":
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+        allowed, used = _cgroup_memory()
+        if allowed is not None:
+            free, total = min(free, max(0, allowed - used)), min(total, allowed)
+        return free, total
     return None, None
+
+
+def _cgroup_memory() -> tuple[int | None, int]:
+    """What this process's container may use, and uses; file pages that can be dropped do not count."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        allowed = int((folder / "memory.max").read_text())
+        used = int((folder / "memory.current").read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return None, 0
+    return allowed, used - int(statistics.get("inactive_file", 0))

@@ -18,9 +18,9 @@ from nblens.errors import UnsupportedModelError
 from nblens.model.architecture import Architecture, logit_tolerance, output_device
 from nblens.model.online_softmax import OnlineSoftmax
 
-__all__ = ["Readout", "ReadoutResult"]
+__all__ = ["TILE_ELEMENTS", "Readout", "ReadoutResult"]
 
-_TILE_ELEMENTS = 2**20
+TILE_ELEMENTS = 2**20
 _TILE_COLUMNS = 4096
 _PROOF_ROWS = 4
 
@@ -62,7 +62,7 @@ class Readout:
         self,
         architecture: Architecture,
         *,
-        tile_elements: int = _TILE_ELEMENTS,
+        tile_elements: int = TILE_ELEMENTS,
         tile_columns: int = _TILE_COLUMNS,
     ) -> None:
         self._architecture = architecture

@@ -9,12 +9,9 @@ import torch
 
 from nblens.errors import DeviceMemoryError
 from nblens.model.generation import Batch
-from nblens.model.placement import free_memory
+from nblens.model.placement import free_memory, step_tokens
 
 __all__ = ["chunk_that_fits", "is_out_of_memory", "out_of_memory", "with_smaller_chunks"]
-
-_LARGEST, _SMALLEST = 256, 16
-_SHARE = 4  # of the free memory, one part in so many is for captured activations
 
 Result = TypeVar("Result")
 
@@ -22,9 +19,7 @@ Result = TypeVar("Result")
 def chunk_that_fits(bytes_per_token: int, device: torch.device) -> int:
     """Tokens per step over all rows: the usual number, fewer where little memory is free."""
     free, _ = free_memory(str(device))
-    if free is None or not bytes_per_token:
-        return _LARGEST
-    return min(_LARGEST, max(_SMALLEST, free // _SHARE // bytes_per_token))
+    return step_tokens(bytes_per_token, free)
 
 
 def with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, fewest: int, batch: Batch) -> Result:

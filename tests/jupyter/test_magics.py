@@ -343,6 +343,7 @@ def test_options_of_load_sharded_reach_the_loader(run, shell, monkeypatch):
         "devices": "cuda:1",
         "max_memory": {0: "20GiB", "cpu": "8GiB"},
         "offload_dir": "/tmp/my folder",
+        "quantization": None,
         "trust_remote_code": True,
     }
     run("%load_sharded")

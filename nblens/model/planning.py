@@ -1,0 +1,206 @@
+"""Will a model fit, and what goes where: `nblens.plan`, from the configuration and safetensors headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nblens.errors import UserError
+from nblens.model.blueprint import Blueprint, draw_blueprint
+from nblens.model.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
+from nblens.model.devices import Limits, accelerators, described_limits, is_description, limits_here
+from nblens.model.plan import Plan
+from nblens.model.proposals import proposals_for
+from nblens.model.quantization import find_quantization
+from nblens.model.sharing import Setting, check_split, device_plans, infer_device_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["DEFAULT_CONTEXT", "Checkpoint", "named_dtype", "plan", "plan_of"]
+
+DEFAULT_CONTEXT = 2048
+"""tokens that there must be room for where nobody says"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was published."""
+
+    name: str
+    config: PreTrainedConfig
+    source: str | None
+    """where its files are; None: only its configuration is known"""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+def plan(
+    model: str | PreTrainedConfig | None,
+    *,
+    devices: str | Mapping[Any, Any] = "auto",
+    max_memory: Mapping[int | str, int | str] | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    offload_dir: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    propose: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Tell what a model would put on each device, and whether it fits, without reading weights.
+
+    >>> nblens.plan("meta-llama/Llama-3.1-70B", max_memory={0: "80GiB", 1: "80GiB"})     # doctest: +SKIP
+
+    Parameters
+    ----------
+    model : str or transformers.PreTrainedConfig or None
+        A Hugging Face model id, a folder, or a configuration; None: the model that comes with nblens.
+    devices : str or mapping
+        As `nblens.load` takes it, or a description of a machine that need not be here:
+        ``{"cuda:0": "80GiB", "cuda:1": "80GiB"}``.
+    max_memory : mapping, optional
+        Such a description, too: ``{0: "80GiB", "cpu": "200GiB"}``. Without either, what is free here.
+    tp, pp : int
+        Ranks of tensor and of pipeline parallelism. 1 and 1: one process, blocks over the devices.
+    dtype, quantization, offload_dir, revision, trust_remote_code
+        As `nblens.load` takes them.
+    context : int, optional
+        Tokens in each row, prompt and generated together. Default: 2048, or what the model was made for.
+    batch : int
+        Rows.
+    propose : bool
+        Look for settings that would fit where this one does not.
+
+    Raises
+    ------
+    UserError
+        There is no such model, an option is wrong, or ranks do not divide attention heads.
+    UnsupportedModelError
+        Its parts could not be found.
+    """
+    if isinstance(model, (str, type(None))):
+        where = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = read_config(model, **where)
+        checkpoint = Checkpoint(model or DEMO_MODEL, config, source_of(model), **where)
+    else:
+        checkpoint = Checkpoint(model.name_or_path or model.model_type, model, None)
+    if is_description(devices):
+        limits, device_map = described_limits({**devices, **(max_memory or {})}), None
+    else:
+        device_map = devices if isinstance(devices, Mapping) else None
+        limits = limits_here(devices, None, {}) if max_memory is None else described_limits(max_memory)
+    setting = Setting(dtype, quantization, tp, pp, context, batch, offload_dir is not None)
+    return plan_of(checkpoint, limits, setting, device_map, propose=propose)
+
+
+def plan_of(
+    checkpoint: Checkpoint,
+    limits: Limits,
+    setting: Setting,
+    device_map: Mapping[str, Any] | None = None,
+    *,
+    propose: bool = True,
+) -> Plan:
+    """Plan one setting on devices of known limits; where it does not fit, with proposals that do."""
+    _check_counts(setting)
+    find_quantization(setting.quantization)
+    if setting.quantization and getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise UserError(f"{checkpoint.name} was published quantized; leave quantization={setting.quantization!r} out")
+    drawing = cache(lambda dtype, quantization: _draw(checkpoint, dtype, quantization))
+
+    def solve(setting: Setting, limits: Limits, device_map: Mapping[str, Any] | None = None) -> Plan:
+        blueprint = drawing(_dtype(checkpoint, setting.dtype, limits), setting.quantization)
+        return _solve(checkpoint.name, blueprint, setting, limits, device_map)
+
+    found = solve(setting, limits, device_map)
+    if not propose or found.fits is not False:
+        return found
+    return replace(found, proposals=proposals_for(found, setting, limits, solve))
+
+
+def named_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The floating type of that name.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"dtype {name!r} is unknown; one of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def _check_counts(setting: Setting) -> None:
+    counts = {"tp": setting.tp, "pp": setting.pp, "batch": setting.batch, "context": setting.context or 1}
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} is at least 1, got {value}")
+
+
+def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, limits: Limits) -> torch.dtype:
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if not accelerators(limits):
+        return torch.float32
+    config = checkpoint.config
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    return checkpoint_dtype(config, None if named is not None else _headers(checkpoint))
+
+
+def _draw(checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None) -> Blueprint:
+    quantized = getattr(checkpoint.config, "quantization_config", None) is not None
+    return draw_blueprint(
+        checkpoint.config,
+        dtype=dtype,
+        quantization=quantization,
+        headers=_headers(checkpoint) if quantized else None,
+        trust_remote_code=checkpoint.trust_remote_code,
+    )
+
+
+def _headers(checkpoint: Checkpoint) -> Any:
+    return None if checkpoint.source is None else read_headers(checkpoint.source, checkpoint.revision)
+
+
+def _solve(
+    name: str, blueprint: Blueprint, setting: Setting, limits: Limits, device_map: Mapping[str, Any] | None
+) -> Plan:
+    setting = setting.with_context(_context(setting.context, blueprint))
+    check_split(blueprint, setting)
+    if setting.ranks == 1:
+        device_map = device_map or infer_device_map(blueprint, setting, limits)
+    chunk, devices = device_plans(blueprint, setting, limits, device_map)
+    return Plan(
+        model=name,
+        n_parameters=blueprint.n_parameters,
+        n_blocks=blueprint.n_blocks,
+        dtype=str(blueprint.dtype).removeprefix("torch."),
+        quantization=setting.quantization,
+        tp=setting.tp,
+        pp=setting.pp,
+        context=setting.context,
+        batch=setting.batch,
+        chunk=chunk,
+        devices=devices,
+        device_map=None if setting.ranks > 1 else dict(device_map),
+        kept_modules=(blueprint.head_path,),
+    )
+
+
+def _context(asked: int | None, blueprint: Blueprint) -> int:
+    most = blueprint.context_limit
+    if asked is None:
+        return min(DEFAULT_CONTEXT, most or DEFAULT_CONTEXT)
+    if most is not None and asked > most:
+        raise UserError(f"a context of {asked} tokens is more than the {most} that the model was made for")
+    return asked
