@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from nblens.lens.trajectory import Trajectory
     from nblens.lens.translators import Lens
     from nblens.loading import attach, current, load
-    from nblens.model.plan import Plan
-    from nblens.model.planning import plan
+    from nblens.planning.plan import Plan
+    from nblens.planning.planner import plan
     from nblens.results import Generation
     from nblens.session import Session
     from nblens.specs import Steer
@@ -48,7 +48,7 @@ _LAZY = {
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
     "Lens": "nblens.lens.translators",
-    "Plan": "nblens.model.plan",
+    "Plan": "nblens.planning.plan",
     "Sample": "nblens.steering.samples",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
@@ -60,7 +60,7 @@ _LAZY = {
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",
-    "plan": "nblens.model.planning",
+    "plan": "nblens.planning.planner",
 }
 
 __all__ = [

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line
-from nblens.model.checkpoint import DEMO_MODEL, read_config, source_of
-from nblens.model.devices import is_description, limits_here
 from nblens.model.placement import describe_placement
-from nblens.model.plan import Plan
-from nblens.model.planning import Checkpoint, named_dtype, plan_of
 from nblens.model.quantization import quantization_config
-from nblens.model.sharing import Setting
+from nblens.planning.checkpoint import DEMO_MODEL, read_config, source_of
+from nblens.planning.devices import is_description, limits_here
+from nblens.planning.plan import Plan
+from nblens.planning.planner import Checkpoint, named_dtype, plan_of
+from nblens.planning.sharing import Setting
 from nblens.runtime.engine import Engine
 from nblens.session import Session
 

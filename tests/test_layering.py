@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "appearance": {"errors"},
     "plots": {"errors", "appearance"},
     "demo": set(),
-    "model": FOUNDATION | {"appearance"},
+    "model": FOUNDATION,
+    "planning": FOUNDATION | {"model", "appearance"},
     "lens": FOUNDATION | {"model", "appearance", "plots"},
     "steering": FOUNDATION | {"model", "appearance", "plots"},
     "runtime": FOUNDATION | {"model", "lens", "steering"},
@@ -32,9 +33,9 @@ MAY_IMPORT = {
     "progress": FOUNDATION,
     "evaluation": FOUNDATION | {"model", "steering", "progress"},
     "session": COMPUTE | {"requests", "results", "progress", "evaluation"},
-    "loading": COMPUTE | {"session", "demo"},
-    "jupyter": COMPUTE | {"appearance", "plots", "requests", "results", "session", "loading"},
-    "nblens": COMPUTE | {"results", "session", "loading", "jupyter"},
+    "loading": COMPUTE | {"planning", "session", "demo"},
+    "jupyter": COMPUTE | {"appearance", "plots", "planning", "requests", "results", "session", "loading"},
+    "nblens": COMPUTE | {"planning", "results", "session", "loading", "jupyter"},
 }
 NOTEBOOK_PACKAGES = {"IPython", "ipykernel", "ipywidgets", "anywidget"}
 

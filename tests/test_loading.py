@@ -67,7 +67,7 @@ def test_quantization_without_its_library_says_what_to_install(before, folder, n
 
 
 def test_unknown_limits_refuse_nothing(folder, monkeypatch):
-    monkeypatch.setattr("nblens.model.devices.free_memory", lambda device: (None, None))
+    monkeypatch.setattr("nblens.planning.devices.free_memory", lambda device: (None, None))
     session = nblens.load(folder, devices="cpu")
     assert session.architecture.dtype == torch.float32
     session.unload()
@@ -76,12 +76,12 @@ def test_unknown_limits_refuse_nothing(folder, monkeypatch):
 def test_the_memory_of_the_model_that_is_replaced_counts_as_free(folder, monkeypatch):
     """Room for one model: it is there only because the one before goes."""
     free = 42 * 2**20  # beside the lens' tiles, less than the embedding and the lm_head take
-    monkeypatch.setattr("nblens.model.devices.free_memory", lambda device: (free, free))
+    monkeypatch.setattr("nblens.planning.devices.free_memory", lambda device: (free, free))
     with pytest.raises(DoesNotFitError):
         nblens.load(folder, devices="cpu")
     monkeypatch.undo()
     first = nblens.load(folder, devices="cpu")
-    monkeypatch.setattr("nblens.model.devices.free_memory", lambda device: (free, free))
+    monkeypatch.setattr("nblens.planning.devices.free_memory", lambda device: (free, free))
     second = nblens.load(folder, devices="cpu")
     assert nblens.current() is second
     assert first.backend is None
@@ -91,7 +91,7 @@ def test_the_memory_of_the_model_that_is_replaced_counts_as_free(folder, monkeyp
 def test_an_attached_model_stays_the_callers_and_frees_nothing(attach, folder, monkeypatch):
     session = attach(tiny_model("llama", vocab_size=8192))
     free = 42 * 2**20
-    monkeypatch.setattr("nblens.model.devices.free_memory", lambda device: (free, free))
+    monkeypatch.setattr("nblens.planning.devices.free_memory", lambda device: (free, free))
     with pytest.raises(DoesNotFitError):
         nblens.load(folder, devices="cpu")
     assert nblens.current() is session

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
     from nblens.jupyter.trajectory_grid import TrajectoryGrid
-    from nblens.model.plan import Plan
+    from nblens.planning.plan import Plan
     from nblens.results import Generation, Sweep
     from nblens.session import Session
     from nblens.steering.report import SteerabilityReport
@@ -278,7 +278,7 @@ _TYPES: dict[Any, dict[str, Renderer]] = {
         HTML: lambda report: steerability_table(report)._repr_html_(),
         PNG: _nothing,
     },
-    "nblens.model.plan.Plan": {
+    "nblens.planning.plan.Plan": {
         HTML: lambda plan: plan_table(plan)._repr_html_(),
         TEXT: repr,
     },

@@ -146,7 +146,7 @@ class NblensMagics(Magics):
         }
         planned = {"tp": options.tp, "pp": options.pp, "context": options.context, "batch": options.batch}
         if options.plan:
-            from nblens.model.planning import plan
+            from nblens.planning.planner import plan
 
             return plan(model, **request, **planned)
         if given := [name for name, value in planned.items() if value not in (1, None)]:

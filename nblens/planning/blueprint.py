@@ -19,8 +19,8 @@ from torch import nn
 
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import find_blocks, find_lm_head
-from nblens.model.checkpoint import Headers
 from nblens.model.quantization import find_quantization
+from nblens.planning.checkpoint import Headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

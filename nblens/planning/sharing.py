@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from nblens.errors import UserError
-from nblens.model.blueprint import Blueprint
-from nblens.model.devices import Limits, accelerators, device_name
 from nblens.model.placement import in_words, step_tokens
-from nblens.model.plan import DevicePlan
 from nblens.model.readout import TILE_ELEMENTS
+from nblens.planning.blueprint import Blueprint
+from nblens.planning.devices import Limits, accelerators, device_name
+from nblens.planning.plan import DevicePlan
 
 __all__ = ["NO_ROOM", "Setting", "check_split", "device_plans", "infer_device_map"]
 

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import nblens
 from nblens.errors import UserError
-from nblens.model.blueprint import draw_blueprint
-from nblens.model.planning import plan
+from nblens.planning.blueprint import draw_blueprint
+from nblens.planning.planner import plan
 
 GIB = 2**30
 ALL = FAMILIES | MORE_FAMILIES
@@ -159,7 +159,7 @@ def test_without_room_the_rest_is_named_and_with_a_folder_it_waits_on_disk():
 
 
 def test_a_device_that_does_not_say_how_much_it_has_leaves_it_open(monkeypatch):
-    monkeypatch.setattr("nblens.model.devices.free_memory", lambda device: (None, None))
+    monkeypatch.setattr("nblens.planning.devices.free_memory", lambda device: (None, None))
     unknown = plan(medium(), devices="cpu")
     assert unknown.fits is None
     assert unknown.devices[0].left_bytes is None

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.errors import UserError
-from nblens.model.blueprint import Blueprint, draw_blueprint
-from nblens.model.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
-from nblens.model.devices import Limits, accelerators, described_limits, is_description, limits_here
-from nblens.model.plan import Plan
-from nblens.model.proposals import proposals_for
 from nblens.model.quantization import find_quantization
-from nblens.model.sharing import Setting, check_split, device_plans, infer_device_map
+from nblens.planning.blueprint import Blueprint, draw_blueprint
+from nblens.planning.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
+from nblens.planning.devices import Limits, accelerators, described_limits, is_description, limits_here
+from nblens.planning.plan import Plan
+from nblens.planning.proposals import proposals_for
+from nblens.planning.sharing import Setting, check_split, device_plans, infer_device_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

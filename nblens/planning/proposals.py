@@ -11,9 +11,9 @@ import torch
 
 from nblens.appearance import byte_size
 from nblens.errors import UnsupportedModelError, UserError
-from nblens.model.devices import Limits, accelerators
-from nblens.model.plan import Plan, Proposal
-from nblens.model.sharing import NO_ROOM, Setting
+from nblens.planning.devices import Limits, accelerators
+from nblens.planning.plan import Plan, Proposal
+from nblens.planning.sharing import NO_ROOM, Setting
 
 __all__ = ["Solver", "proposals_for"]
 
