@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line
+from nblens.model.parallel import check_parallel
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
 from nblens.planning.checkpoint import DEMO_MODEL, read_config, source_of
@@ -20,10 +24,11 @@ from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.runtime.engine import Engine
+from nblens.runtime.local import LocalBackend
 from nblens.session import Session
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["DEMO_MODEL", "attach", "current", "load"]
 
@@ -42,12 +47,16 @@ def load(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_dir: str | None = None,
     quantization: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    ray: str | None = None,
     trust_remote_code: bool = False,
 ) -> Session:
     """Load a causal LM and make it the session-wide model.
 
     >>> session = nblens.load()                                     # the built-in model
     >>> session = nblens.load("meta-llama/Llama-3.1-8B")            # doctest: +SKIP
+    >>> session = nblens.load("meta-llama/Llama-3.1-70B", tp=8)     # doctest: +SKIP
 
     The configuration and the tokenizer are read first, and what goes where is planned; only when all is sound and
     fits is the model that was loaded before freed.
@@ -70,6 +79,13 @@ def load(
         Folder for weights that fit neither GPUs nor memory.
     quantization : str, optional
         "8bit" or "4bit" (bitsandbytes), "int8" or "int4" (torchao): linear modules but for the lm_head.
+    tp : int
+        Tensor parallelism: so many processes, one for each GPU (or on the CPU), share every block's weights. Needs
+        ``pip install "nblens[cluster]"``, as do `pp` and `ray`.
+    pp : int
+        Pipeline parallelism: blocks are dealt out to so many processes.
+    ray : str, optional
+        Address of the Ray cluster that runs these processes. None: this machine.
     trust_remote_code : bool
         Run code that comes with the model. Off unless asked for, and never remembered.
 
@@ -81,9 +97,10 @@ def load(
         It is too large for the devices; `nblens.plan` tells the same without loading.
     UnsupportedModelError
         The model's parts could not be found, or its readout is not the model's own.
+    WorkerError
+        One of several processes failed while it loaded.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     global _loaded
     began = time.perf_counter()
@@ -95,26 +112,28 @@ def load(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     _check_files(source)
-    checkpoint = Checkpoint(model or DEMO_MODEL, config, source, **where)
-    setting = Setting(dtype, quantization, disk=offload_dir is not None)
-    planned = _checked_plan(checkpoint, setting, devices, max_memory)
-    quantized = _quantized(planned)
+    check_parallel(config, tp=tp, pp=pp)
+    spread = tp > 1 or pp > 1
+    if spread or ray is not None:
+        placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
+        _check_spread(spread, **placed, quantization=quantization)
+    name = model or DEMO_MODEL
+    setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
+    planned = None
+    if not spread or _runs_here(ray):
+        planned = _checked_plan(Checkpoint(name, config, source, **where), setting, devices, max_memory)
+    options = {} if spread else _quantized(planned)
     if _current is not None:
         _current.unload()
-    try:
+    if spread:
+        order = {"source": source, "where": where, "tp": tp, "pp": pp}
+        order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
+        session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
+    else:
+        options |= {"dtype": named_dtype(planned.dtype), "device_map": dict(planned.device_map)}
         with _progress_bars(shown=model is not None):
-            hf_model = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=named_dtype(planned.dtype),
-                device_map=dict(planned.device_map),
-                offload_folder=offload_dir,
-                **quantized,
-                **where,
-            )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
-    session = _loaded = _adopt(hf_model.eval(), tokenizer, name=model or DEMO_MODEL, began=began)
+            hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
+        session = _loaded = _adopt(hf_model.eval(), tokenizer, name=name, began=began)
     if model is None:
         from nblens.demo.corpus import neutral_texts
 
@@ -148,15 +167,72 @@ def current() -> Session:
 
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
-    global _current
     engine = Engine(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer)
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, engine.architecture, name=name, seconds=seconds)
+    return _make_current(
+        Session(
+            LocalBackend(engine),
+            tokenizer,
+            placement,
+            config=hf_model.config,
+            architecture=engine.architecture,
+            model=hf_model,
+        )
+    )
+
+
+def _adopt_spread(
+    order: dict[str, Any],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    began: float,
+    address: str | None,
+) -> Session:
+    from nblens.runtime.rank import LoadOrder
+    from nblens.runtime.ray_cluster import RayBackend
+
+    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer)), address=address)
+    placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
+    return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
+
+
+def _make_current(session: Session) -> Session:
+    global _current
     with _lock:
         if _current is not None:
             _current.unload()
-        _current = Session(engine, tokenizer, placement)
-    return _current
+        _current = session
+    return session
+
+
+def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
+    """The model with its weights, in this process."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise UserError(f"cannot load {name!r}: {first_line(error)}") from error
+
+
+def _check_spread(spread: bool, **refused: Any) -> None:
+    """Refuse options that say where in one process a model sits, and to go on without Ray."""
+    if not spread:
+        raise UserError("ray=ADDRESS needs tp or pp: how many processes of the cluster share the model")
+    for option, given in refused.items():
+        if given:
+            raise UserError(f"{option} cannot be given with tp or pp, which put one process on each device")
+    if importlib.util.find_spec("ray") is None:
+        raise UserError('tp and pp need Ray, which is not installed: pip install "nblens[cluster]"')
+
+
+def _runs_here(ray: str | None) -> bool:
+    """Whether the ranks share this machine's devices, whose memory is known."""
+    return ray is None and not os.environ.get("RAY_ADDRESS")
 
 
 def _check_files(source: str) -> None:

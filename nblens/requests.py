@@ -15,7 +15,7 @@ from nblens.lens.fitting import hold_out
 from nblens.lens.jacobian import SKIPPED
 from nblens.lens.store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers, n_shared
-from nblens.model.architecture import Architecture
+from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, chat_text, check_ids, encode, single_token
 from nblens.specs import (
@@ -50,7 +50,7 @@ _STEPS, _LEARNING_RATE = 100, 0.25
 class RequestBuilder:
     """Turns arguments into specs; every mistake in them is a `UserError`."""
 
-    architecture: Architecture
+    architecture: Architecture | ModelFacts
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """most tokens that the model takes, None where its config does not say"""

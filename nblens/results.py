@@ -14,7 +14,7 @@ from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
-from nblens.model.architecture import Architecture
+from nblens.model.architecture import Architecture, ModelFacts
 from nblens.specs import PHASES, ActivationSlice, Event, RunFinished, RunSpec
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ class Sweep(list[Generation]):
 class RunResult:
     """Gathers the events of a run; can be read at any time, also of an unfinished run."""
 
-    def __init__(self, spec: RunSpec, architecture: Architecture, model: str, text_of: Callable[[int], str]) -> None:
+    def __init__(
+        self, spec: RunSpec, architecture: Architecture | ModelFacts, model: str, text_of: Callable[[int], str]
+    ) -> None:
         self.spec = spec
         self._architecture = architecture
         self.finished: RunFinished | None = None

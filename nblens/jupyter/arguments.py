@@ -235,8 +235,9 @@ def _load() -> MagicParser:
         usage="%load_sharded [MODEL] [options]",
         description="Load a causal language model onto the devices there are, for the whole session.\n"
         "MODEL is a Hugging Face id or a folder; without it, the small model that comes with nblens.",
-        examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n  %load_sharded --status\n"
-        "  %load_sharded meta-llama/Llama-3.1-70B --plan --max-memory 0=80GiB --max-memory 1=80GiB",
+        examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n"
+        "  %load_sharded meta-llama/Llama-3.1-70B --plan --max-memory 0=80GiB --max-memory 1=80GiB\n"
+        "  %load_sharded meta-llama/Llama-3.1-70B --tp 8\n  %load_sharded --status",
     )
     parser.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
     parser.add_argument("--devices", default="auto", help="auto (default): all GPUs, else the CPU; or cuda:1, cpu")
@@ -251,9 +252,10 @@ def _load() -> MagicParser:
     parser.add_argument(
         "--quantization", metavar="NAME", help="8bit or 4bit (bitsandbytes), int8 or int4 (torchao); not the lm_head"
     )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="N processes share every block's weights")
+    parser.add_argument("--pp", type=int, default=1, metavar="N", help="blocks are dealt out to N processes")
+    parser.add_argument("--ray", metavar="ADDRESS", help="the Ray cluster that runs them (default: this machine)")
     parser.add_argument("--plan", action="store_true", help="only tell what would go where, and whether it fits")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="with --plan: ranks of tensor parallelism")
-    parser.add_argument("--pp", type=int, default=1, metavar="N", help="with --plan: ranks of pipeline parallelism")
     parser.add_argument("--context", type=int, metavar="N", help="with --plan: tokens in each row (default: 2048)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="with --plan: rows (default: 1)")
     parser.add_argument("--revision", help="branch, tag or commit of the model")

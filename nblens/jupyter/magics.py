@@ -142,9 +142,11 @@ class NblensMagics(Magics):
             "max_memory": dict(options.max_memory) if options.max_memory else None,
             "offload_dir": options.offload,
             "quantization": options.quantization,
+            "tp": options.tp,
+            "pp": options.pp,
             "trust_remote_code": options.trust_remote_code,
         }
-        planned = {"tp": options.tp, "pp": options.pp, "context": options.context, "batch": options.batch}
+        planned = {"context": options.context, "batch": options.batch}
         if options.plan:
             from nblens.planning.planner import plan
 
@@ -154,7 +156,7 @@ class NblensMagics(Magics):
         from nblens.loading import load
 
         try:
-            return load(model, **request)
+            return load(model, ray=options.ray, **request)
         except DoesNotFitError as refusal:
             display(refusal.plan)
             raise UserError(first_line(refusal)) from None

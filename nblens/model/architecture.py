@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "LogitTransform",
+    "ModelFacts",
     "find_architecture",
     "find_blocks",
     "find_lm_head",
@@ -63,6 +64,17 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class ModelFacts:
+    """What is to be known of a model where it is not itself."""
+
+    family: str
+    n_blocks: int
+    d_model: int
+    vocab_size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Architecture:
     """The parts of a causal LM that a lens needs, with their paths for messages."""
 
@@ -83,6 +95,11 @@ class Architecture:
     def n_blocks(self) -> int:
         """Number of decoder layers."""
         return len(self.blocks)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The same as a small value."""
+        return ModelFacts(self.family, self.n_blocks, self.d_model, self.vocab_size, self.dtype)
 
     def apply_tail(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm (and projection) of residuals, (..., d_model) → (..., lm_head inputs)."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from nblens.errors import UnsupportedModelError
 from nblens.model.architecture import Architecture, output_device
+from nblens.model.vocabulary import find_shard
 
 __all__ = ["FrozenTail"]
 
@@ -49,7 +50,7 @@ class FrozenTail:
     def __init__(self, architecture: Architecture, token_ids: list[int]) -> None:
         self._architecture = architecture
         self._norm: _Norm | None = None
-        weight, bias = _matrix(architecture.lm_head, architecture.family, token_ids)
+        weight, bias = _head_rows(architecture, token_ids)
         directions, total = weight.double().T, bias.double()
         for module in reversed(architecture.tail):
             if isinstance(module, nn.Linear):
@@ -107,6 +108,15 @@ class _Norm:
                 f"{self._family}: its final norm {type(self.module).__name__} is not a scaled copy of its input"
             )
         return scales
+
+
+def _head_rows(architecture: Architecture, token_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (n, d) and biases (n,) of some tokens."""
+    shard = find_shard(architecture.lm_head)
+    if shard is None:
+        return _matrix(architecture.lm_head, architecture.family, token_ids)
+    weight, bias = shard.rows(torch.tensor(token_ids, device=shard.weight.device))
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def _matrix(module: nn.Module, family: str, rows: list[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:

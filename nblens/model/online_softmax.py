@@ -11,12 +11,15 @@ size would cost more than the arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 __all__ = ["OnlineSoftmax", "top_of_rows"]
 
 # Stands for −inf in sums of p·log q: it makes 0·(−inf) a 0, and anything else so large that it is seen as infinite
 _FLOOR = -1e30
+_SCALARS = ("max", "total", "spread", "cross")
 _GROUP = 64  # columns whose maximum is looked at before the columns themselves
 
 
@@ -37,6 +40,8 @@ class OnlineSoftmax:
         Compute the entropy too.
     final : int, optional
         Slot of the last block: compute KL(slot ‖ last block).
+    first : int
+        The column that the first tile begins with.
     """
 
     def __init__(
@@ -48,7 +53,9 @@ class OnlineSoftmax:
         thresholds: torch.Tensor | None = None,
         entropy: bool = False,
         final: int | None = None,
+        first: int = 0,
     ) -> None:
+        self._first = first
         self._top_k, self._wanted, self._thresholds = top_k, wanted, thresholds
         self._entropy, self._final = entropy, final
         rows, many = (n_slots, len(wanted)), (n_slots, *wanted.shape)
@@ -131,8 +138,9 @@ class OnlineSoftmax:
         self._total[place] = total
 
     def _update_top(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
-        before = min(self._top_k, start)  # entries of the running top-k that are filled
-        after = min(self._top_k, start + tile.shape[-1])
+        seen = start - self._first
+        before = min(self._top_k, seen)  # entries of the running top-k that are filled
+        after = min(self._top_k, seen + tile.shape[-1])
         values, columns = top_of_rows(tile, min(self._top_k, tile.shape[-1]))
         values = torch.cat([self._top_values[place][..., :before], values], -1)
         ids = torch.cat([self._top_ids[place][..., :before], columns + start], -1)
@@ -152,6 +160,65 @@ class OnlineSoftmax:
                 # a token is never above itself, though its logit here may differ from the threshold by a rounding
                 itself = inside & (own > threshold)
                 self._above[at] += (tile > threshold[..., None]).sum(-1) - itself.long()
+
+    def merge(self, gather: Callable[[torch.Tensor], list[torch.Tensor]], top_k: int) -> None:
+        """Take in what others found in other columns; all of them merge, and all have the whole then.
+
+        Parameters
+        ----------
+        gather : callable
+            Gets this part's numbers, float32 (n_slots, n, width), and returns those of every part, this one's too.
+        top_k : int
+            How many of the largest to keep of all; a part may have had fewer columns.
+        """
+        parts = [self._unpacked(part, top_k) for part in gather(self._packed(top_k))]
+        maxima = torch.stack([part["max"] for part in parts])
+        self._max = maxima.amax(0)
+        shrinks = (maxima - self._max).clamp_(min=_FLOOR)
+        scales = shrinks.exp()
+        totals = torch.stack([part["total"] for part in parts])
+        self._total = (totals * scales).sum(0)
+        if self.needs_scratch:
+            spreads = torch.stack([part["spread"] for part in parts])
+            self._spread = ((spreads + totals * shrinks) * scales).sum(0)
+        if self._final is not None:
+            crosses = torch.stack([part["cross"] for part in parts])
+            self._cross = ((crosses + totals * shrinks[:, self._final, None]) * scales).sum(0)
+        values, order = torch.cat([part["top_values"] for part in parts], -1).topk(top_k, dim=-1)
+        ids = torch.cat([part["top_ids"] for part in parts], -1)
+        self._top_k, self._top_values, self._top_ids = top_k, values, ids.gather(-1, order).long()
+        self._found = torch.stack([part["found"] for part in parts]).amax(0)
+        if self._thresholds is not None:
+            self._above = torch.stack([part["above"] for part in parts]).sum(0)
+
+    def _packed(self, top_k: int) -> torch.Tensor:
+        """Everything that others need to know, four bytes a number; integers by their bits."""
+        missing = top_k - self._top_values.shape[-1]
+        values = torch.nn.functional.pad(self._top_values, (0, missing), value=-torch.inf)
+        ids = torch.nn.functional.pad(self._top_ids, (0, missing))
+        columns = [values, ids.int().view(torch.float32), self._max[..., None], self._total[..., None], self._found]
+        if self.needs_scratch:
+            columns.append(self._spread[..., None])
+        if self._final is not None:
+            columns.append(self._cross[..., None])
+        if self._thresholds is not None:
+            columns.append(self._above.int().view(torch.float32))
+        return torch.cat(columns, -1)
+
+    def _unpacked(self, packed: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
+        n_wanted = self._wanted.shape[1]
+        widths = {"top_values": top_k, "top_ids": top_k, "max": 1, "total": 1, "found": n_wanted}
+        if self.needs_scratch:
+            widths["spread"] = 1
+        if self._final is not None:
+            widths["cross"] = 1
+        if self._thresholds is not None:
+            widths["above"] = n_wanted
+        part = dict(zip(widths, packed.split(list(widths.values()), -1), strict=True))
+        for name in ("top_ids", "above"):
+            if name in part:
+                part[name] = part[name].contiguous().view(torch.int32)
+        return {name: part[name].squeeze(-1) if name in _SCALARS else part[name] for name in part}
 
     @property
     def top(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,8 @@ def _shares(model: PreTrainedModel, architecture: Architecture) -> list[DeviceSh
         for module in modules if isinstance(modules, tuple) else (modules,):
             others_of[_device_of(module, model)][part] = None
     for parameter in model.parameters():
-        bytes_of[str(parameter.device)] += parameter.numel() * parameter.element_size()
+        here = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a sharded one, the part
+        bytes_of[str(parameter.device)] += here.numel() * here.element_size()
     if "meta" in bytes_of:  # offloaded: the bytes wait in memory or on disk
         bytes_of["offloaded"] = bytes_of.pop("meta")
     return [

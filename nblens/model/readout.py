@@ -3,7 +3,7 @@
 The vocabulary is walked in tiles. For each tile of the lm_head's rows, every block's residuals are multiplied with it
 into one reused float32 buffer, which brings running statistics up to date. The tile of weights stays in the
 processor's cache while all blocks use it. Memory is three tiles and the statistics, whatever the vocabulary and the
-length.
+length. Where the lm_head is cut along the vocabulary, each rank walks its own rows, and the statistics are merged.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from nblens.errors import UnsupportedModelError
 from nblens.model.architecture import Architecture, logit_tolerance, output_device
 from nblens.model.online_softmax import OnlineSoftmax
+from nblens.model.vocabulary import VocabularyShard, find_shard
 
 __all__ = ["TILE_ELEMENTS", "Readout", "ReadoutResult"]
 
@@ -56,6 +57,8 @@ class Readout:
         A proven architecture: the readout of the last block equals the model's logits.
     tile_elements, tile_columns : int
         Size of a tile of logits, and how many vocabulary entries it spans.
+    shard : VocabularyShard, optional
+        The part of the lm_head to read, with others who read the rest. None: found out.
     """
 
     def __init__(
@@ -64,9 +67,11 @@ class Readout:
         *,
         tile_elements: int = TILE_ELEMENTS,
         tile_columns: int = _TILE_COLUMNS,
+        shard: VocabularyShard | None = None,
     ) -> None:
         self._architecture = architecture
-        self._head = _Head(architecture, tile_elements)
+        self._shard = shard or find_shard(architecture.lm_head)
+        self._head = _Head(architecture, tile_elements, self._shard)
         self._tile_elements, self._tile_columns = tile_elements, tile_columns
 
     @torch.no_grad()
@@ -88,10 +93,10 @@ class Readout:
         hidden = torch.randn((_PROOF_ROWS, architecture.d_model), generator=generator, dtype=torch.float32)
         normed = architecture.apply_tail(hidden.to(output_device(architecture), architecture.dtype))
         expected = architecture.transform.apply_(architecture.lm_head(normed).float())
-        tiled = torch.empty_like(expected)
+        error = 0.0
         for columns in self._tile_spans(self._tile_columns):
-            tiled[:, columns] = self._head.tile(normed, columns.start, torch.empty_like(expected[:, columns]))
-        error = (tiled - expected).abs().max().item()
+            tiled = self._head.tile(normed, columns.start, torch.empty_like(expected[:, columns]))
+            error = max(error, (tiled - expected[:, columns]).abs().max().item())
         tolerance = logit_tolerance(expected, architecture.dtype)
         if not error <= tolerance:
             raise UnsupportedModelError(
@@ -132,14 +137,23 @@ class Readout:
         if wanted is None:
             wanted = torch.empty((n, 0), dtype=torch.long, device=normed.device)
         thresholds = self._head.pick(normed, wanted.clamp(min=0)) if ranks and wanted.numel() else None
+        columns_here = self._head.columns
         stats = OnlineSoftmax(
-            n_slots, min(top_k, vocab_size), wanted, thresholds=thresholds, entropy=entropy, final=final
+            n_slots,
+            min(top_k, len(columns_here)),
+            wanted,
+            thresholds=thresholds,
+            entropy=entropy,
+            final=final,
+            first=columns_here.start,
         )
         # top-k alone needs one buffer of the three: it may be larger, which makes fewer and better products
         larger = 1 if stats.needs_scratch else 2
         tiles = _Tiles(normed, self._head, stats, final, larger * self._tile_elements)
         for columns in self._tile_spans(larger * self._tile_columns):
             tiles.read(columns.start, columns.stop)
+        if self._shard is not None:
+            stats.merge(self._shard.gather, min(top_k, vocab_size))
         top_ids, top_logprobs = stats.top
         wanted_logprobs, wanted_ranks = stats.wanted
         return ReadoutResult(
@@ -171,8 +185,8 @@ class Readout:
         return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
 
     def _tile_spans(self, columns: int) -> list[slice]:
-        vocab_size = self._architecture.vocab_size
-        return _spans(vocab_size, columns if self._head.sliceable else vocab_size)
+        here = self._head.columns
+        return _spans(here, columns if self._head.sliceable else len(here))
 
     def _normalise(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the tail, in place where it keeps the width."""
@@ -197,7 +211,7 @@ class _Tiles:
     def read(self, start: int, stop: int) -> None:
         """Take in vocabulary entries start … stop-1 of every slot and row."""
         columns = stop - start
-        for rows in _spans(self._normed.shape[1], max(1, self._tile_elements // columns)):
+        for rows in _spans(range(self._normed.shape[1]), max(1, self._tile_elements // columns)):
             n_rows = rows.stop - rows.start
             final_tile = None
             if self._final is not None:
@@ -225,12 +239,20 @@ class _Tiles:
 
 
 class _Head:
-    """The lm_head, a tile of the vocabulary at a time where its weight can be sliced."""
+    """The lm_head, or the part of it that is here; by tiles of the vocabulary where its weight can be sliced."""
 
-    def __init__(self, architecture: Architecture, tile_elements: int) -> None:
-        self._module = architecture.lm_head
+    def __init__(self, architecture: Architecture, tile_elements: int, shard: VocabularyShard | None) -> None:
+        self._module, self._shard = architecture.lm_head, shard
+        self._vocab_size = architecture.vocab_size
         self._transform = architecture.transform
         self._whole_rows = max(1, tile_elements // architecture.vocab_size)
+
+    @property
+    def columns(self) -> range:
+        """Vocabulary entries that are read here."""
+        if self._shard is None:
+            return range(self._vocab_size)
+        return range(self._shard.first, self._shard.first + len(self._shard.weight))
 
     @property
     def sliceable(self) -> bool:
@@ -240,7 +262,7 @@ class _Head:
         hook on the module may change what it returns.
         """
         module = self._module
-        return (
+        return self._shard is not None or (
             type(module) is nn.Linear
             and not module.weight.is_meta
             and type(module.weight.data) is torch.Tensor
@@ -253,8 +275,7 @@ class _Head:
         stop = start + out.shape[-1]
         if not self.sliceable:
             return out.copy_(self._all(normed)[..., start:stop])
-        weight = self._module.weight[start:stop]
-        bias = None if self._module.bias is None else self._module.bias[start:stop]
+        weight, bias = self._rows(slice(start - self.columns.start, stop - self.columns.start))
         if normed.dtype != torch.float32:
             out.copy_(F.linear(normed, weight, bias))
         elif bias is None:
@@ -268,22 +289,35 @@ class _Head:
 
         By the same product as `tile`, not by a dot product per row: in half precision the two round differently.
         """
+        if self._shard is None:
+            return self._pick_here(normed, ids)
+        here, rows = self._shard.inside(ids)
+        logits = normed.new_full((len(normed), *ids.shape), -torch.inf, dtype=torch.float32)
+        if here.any():
+            logits = self._pick_here(normed, rows).masked_fill(~here, -torch.inf)
+        return torch.stack(self._shard.gather(logits)).amax(0)
+
+    def _pick_here(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         columns, place = ids.unique(return_inverse=True)
         if not self.sliceable:
             parts = normed.flatten(0, 1).split(self._whole_rows)
             logits = torch.cat([self._all(part)[:, columns] for part in parts]).unflatten(0, normed.shape[:2])
             return logits.gather(-1, place.expand(len(normed), -1, -1))
-        weight = self._module.weight[columns]
-        bias = None if self._module.bias is None else self._module.bias[columns]
+        weight, bias = self._rows(columns)
         logits = [self._transform.apply_(F.linear(slot, weight, bias).float()).gather(-1, place) for slot in normed]
         return torch.stack(logits)
+
+    def _rows(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weights and biases of some of the rows that are here."""
+        held = self._module if self._shard is None else self._shard
+        return held.weight[rows], None if held.bias is None else held.bias[rows]
 
     def _all(self, normed: torch.Tensor) -> torch.Tensor:
         return self._transform.apply_(self._module(normed).float())
 
 
-def _spans(n: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+def _spans(of: range, size: int) -> list[slice]:
+    return [slice(start, min(start + size, of.stop)) for start in range(of.start, of.stop, max(1, size))]
 
 
 def _runs(order: list[int], size: int) -> list[slice]:

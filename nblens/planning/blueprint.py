@@ -89,7 +89,7 @@ class Blueprint:
         owner = name.rpartition(".")[0]
         rule = next((rule for pattern, rule in rules if pattern.fullmatch(name) or pattern.fullmatch(owner)), "")
         size = tensor.numel() * tensor.element_size()
-        if not tensor.numel() or not _SHARDED.search(rule) or (name.endswith(".bias") and "rowwise" in rule):
+        if not tensor.dim() or not size or not _SHARDED.search(rule) or (name.endswith(".bias") and "rowwise" in rule):
             return size
         if tensor.dim() == 1:
             dim = 0

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.errors import UserError
+from nblens.model.parallel import check_parallel
 from nblens.model.quantization import find_quantization
 from nblens.planning.blueprint import Blueprint, draw_blueprint
 from nblens.planning.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
 from nblens.planning.devices import Limits, accelerators, described_limits, is_description, limits_here
 from nblens.planning.plan import Plan
 from nblens.planning.proposals import proposals_for
-from nblens.planning.sharing import Setting, check_split, device_plans, infer_device_map
+from nblens.planning.sharing import Setting, device_plans, infer_device_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -141,7 +142,7 @@ def named_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def _check_counts(setting: Setting) -> None:
-    counts = {"tp": setting.tp, "pp": setting.pp, "batch": setting.batch, "context": setting.context or 1}
+    counts = {"batch": setting.batch, "context": setting.context or 1}
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} is at least 1, got {value}")
@@ -176,7 +177,7 @@ def _solve(
     name: str, blueprint: Blueprint, setting: Setting, limits: Limits, device_map: Mapping[str, Any] | None
 ) -> Plan:
     setting = setting.with_context(_context(setting.context, blueprint))
-    check_split(blueprint, setting)
+    check_parallel(blueprint.model.config, tp=setting.tp, pp=setting.pp)
     if setting.ranks == 1:
         device_map = device_map or infer_device_map(blueprint, setting, limits)
     chunk, devices = device_plans(blueprint, setting, limits, device_map)

@@ -24,7 +24,7 @@ from nblens.planning.blueprint import Blueprint
 from nblens.planning.devices import Limits, accelerators, device_name
 from nblens.planning.plan import DevicePlan
 
-__all__ = ["NO_ROOM", "Setting", "check_split", "device_plans", "infer_device_map"]
+__all__ = ["NO_ROOM", "Setting", "device_plans", "infer_device_map"]
 
 NO_ROOM = "no room"
 
@@ -56,23 +56,6 @@ class Setting:
     def with_context(self, context: int) -> Self:
         """The same with room for so many tokens."""
         return replace(self, context=context)
-
-
-def check_split(blueprint: Blueprint, setting: Setting) -> None:
-    """Refuse ranks that the model cannot be spread over."""
-    tp, pp, heads, kv_heads = setting.tp, setting.pp, blueprint.n_heads, blueprint.n_kv_heads
-    if pp > blueprint.n_blocks:
-        raise UserError(f"pp={pp} is more than the {blueprint.n_blocks} blocks that the model has")
-    if tp == 1:
-        return
-    if not blueprint.rules:
-        family = blueprint.model.config.model_type
-        raise UserError(f"transformers has no tensor-parallel plan for {family}; use pp, or devices without tp")
-    if heads % tp or kv_heads % tp:
-        would = ", ".join(str(n) for n in range(2, 65) if heads % n == 0 and kv_heads % n == 0) or "no number"
-        raise UserError(
-            f"tp={tp} does not divide {heads} attention heads and {kv_heads} key-value heads; {would} would"
-        )
 
 
 def infer_device_map(blueprint: Blueprint, setting: Setting, limits: Limits) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 
 from nblens.errors import UserError
 from nblens.files import umask
-from nblens.model.architecture import Architecture
+from nblens.model.architecture import Architecture, ModelFacts
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
 
 __all__ = ["ActivationFile", "ActivationRecorder"]
@@ -40,7 +40,7 @@ class ActivationRecorder:
     Consequences: a run that was stopped leaves a file of what it had read; one that failed leaves none.
     """
 
-    def __init__(self, spec: RunSpec, architecture: Architecture, emit: Callable[[Event], None]) -> None:
+    def __init__(self, spec: RunSpec, architecture: Architecture | ModelFacts, emit: Callable[[Event], None]) -> None:
         self._spec, self._emit = spec, emit
         self._sampled: list[list[int]] = [[] for _ in spec.prompts]
         capture, n_rows = spec.capture, len(spec.prompts)

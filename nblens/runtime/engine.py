@@ -23,6 +23,7 @@ from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
 from nblens.runtime.extracting import Extraction
 from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
+from nblens.runtime.ranks import Ranks
 from nblens.runtime.row_groups import RowControl, RowGroups
 from nblens.runtime.run import Run
 from nblens.runtime.scoring import Scoring
@@ -55,9 +56,18 @@ class Engine:
         Token that fills shorter rows; masked out everywhere.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
         Needed for the generation option `stop_strings` alone.
+    ranks : Ranks, optional
+        The processes that share the model; None: this one alone.
     """
 
-    def __init__(self, model: PreTrainedModel, pad_id: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pad_id: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
         self.model = model
         self.tokenizer = tokenizer
         self.architecture = find_architecture(model)
@@ -73,7 +83,7 @@ class Engine:
     def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
         """Serve a request; events go to `emit`, the finishing one last.
 
-        When memory runs out during prefill the run starts again with half the chunk.
+        When memory runs out during prefill the run starts again with half the chunk; over several ranks it fails.
 
         Raises
         ------
@@ -121,16 +131,20 @@ class Engine:
                     raise out_of_memory("generating", batch, chunk) from error
                 raise
 
-        with_smaller_chunks(attempt, first, fewest, batch)
+        with_smaller_chunks(attempt, first, fewest, batch, again=self.ranks.alone)
 
     def chunk(self, spec: RunSpec) -> int:
-        """Tokens per step, over all rows: what they leave behind at every site and block must fit beside the model."""
+        """Tokens per step, over all rows: what they leave behind at every site and block must fit beside the model.
+
+        The same on every rank, whatever memory each has free.
+        """
         sites = {*(spec.lens.sites if spec.lens else ()), *(spec.capture.sites if spec.capture else ())}
         if spec.attribution:
             sites |= {*CONTRIBUTIONS, "resid_pre", "resid_post"}
         architecture = self.architecture
         per_token = len(sites) * architecture.n_blocks * architecture.d_model * architecture.dtype.itemsize
-        return chunk_that_fits(per_token, output_device(architecture))
+        (fitting,) = self.ranks.smallest([chunk_that_fits(per_token, output_device(architecture))])
+        return fitting
 
     def _keep_lens(self, tensors: LensTensors) -> None:
         """Hold translators ready beside the readout, or let them go."""
@@ -146,10 +160,13 @@ class Engine:
 
     def _fit(self, spec: FitSpec, emit: Callable[[Event], None], control: Control) -> None:
         """Fit the translators of a lens."""
+
+        def cancelled() -> bool:
+            control.agree()
+            return control.cancelled
+
         try:
-            finished = fit_translators(
-                self.model, self.architecture, spec, self._residuals, emit, lambda: control.cancelled
-            )
+            finished = fit_translators(self.model, self.architecture, spec, self._residuals, emit, cancelled)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -146,7 +146,8 @@ class Extraction:
                 engine.loop(batch, observer, chunk // batch.rows).prefill(new_cache(engine.model))
             return None if self._control.cancelled else reader.states()
 
-        return with_smaller_chunks(attempt, self._tokens, engine.feeding.fewest(batch.rows, batch.width), batch)
+        fewest = engine.feeding.fewest(batch.rows, batch.width)
+        return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=engine.ranks.alone)
 
 
 class _Reading:
@@ -157,6 +158,7 @@ class _Reading:
 
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
         self._reader.begin(columns)
+        self._control.agree()
         return not self._control.cancelled and columns.start <= self._reader.last_column
 
     def after(self, step: Step, sampled: object) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Self
+from typing import Protocol, Self
 
 from nblens.errors import WorkerError
 from nblens.runtime.backend import Coefficients, Control
-from nblens.runtime.engine import Engine
 from nblens.specs import FINISHED, Event, Request, RunFinished
 
 __all__ = ["LocalBackend"]
@@ -17,11 +17,19 @@ __all__ = ["LocalBackend"]
 _PATIENCE = 0.1  # seconds
 
 
+class Runs(Protocol):
+    """What serves one request after the other: an `Engine`, or what stands for several of them."""
+
+    def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
+        """Serve a request; events go to `emit`, the finishing one last."""
+
+
 class LocalBackend:
     """One worker thread that owns the model; callers wait for it and can be interrupted while they wait."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine: Engine | None = engine
+    def __init__(self, engine: Runs, new_control: Callable[[], Control] = Control) -> None:
+        self._engine: Runs | None = engine
+        self._new_control = new_control
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._running: _Request | None = None
         self._lock = threading.Lock()
@@ -34,7 +42,7 @@ class LocalBackend:
         with self._lock:
             if self._closed or not self._thread.is_alive():
                 raise WorkerError("the model was unloaded; load one with nblens.load() or %load_sharded")
-            request = _Request(spec)
+            request = _Request(spec, self._new_control())
             self._requests.put(request)
         return request
 
@@ -79,9 +87,8 @@ class LocalBackend:
 class _Request:
     """One request and the events that came of it so far."""
 
-    def __init__(self, spec: Request) -> None:
-        self.spec = spec
-        self.control = Control()
+    def __init__(self, spec: Request, control: Control) -> None:
+        self.spec, self.control = spec, control
         self.log: list[Event | BaseException] = []
         """every event so far: an interrupt may take one from the caller's hands, never from here"""
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()

@@ -22,8 +22,13 @@ def chunk_that_fits(bytes_per_token: int, device: torch.device) -> int:
     return step_tokens(bytes_per_token, free)
 
 
-def with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, fewest: int, batch: Batch) -> Result:
-    """Call `attempt` with a chunk that is halved each time memory runs out, down to the fewest tokens of a step."""
+def with_smaller_chunks(
+    attempt: Callable[[int], Result], chunk: int, fewest: int, batch: Batch, *, again: bool = True
+) -> Result:
+    """Call `attempt` with a chunk that is halved each time memory runs out, down to the fewest tokens of a step.
+
+    Not `again` where several ranks run the model: one that began anew alone would meet the others at another step.
+    """
     chunk = max(chunk, fewest)
     while True:
         try:
@@ -31,7 +36,7 @@ def with_smaller_chunks(attempt: Callable[[int], Result], chunk: int, fewest: in
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if chunk <= fewest:
+            if chunk <= fewest or not again:
                 raise out_of_memory("reading the prompt", batch, chunk) from error
         chunk = max(fewest, chunk // 2)
 

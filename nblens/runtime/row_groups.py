@@ -46,6 +46,10 @@ class RowGroups:
         self._coefficients |= new
         return {name: _of_rows(value, rows) for name, value in (self._coefficients if first else new).items()}
 
+    def agree(self, *, due: bool, sampled: Sequence[int | None]) -> bool:
+        """See `Control.agree`."""
+        return self._control.agree(due=due, sampled=sampled)
+
     @property
     def cancelled(self) -> bool:
         """Whether the request was asked to stop."""
@@ -74,6 +78,10 @@ class RowControl:
         """For another try at the same run: its first step takes everything changed since the request began."""
         self._first = True
         return self
+
+    def agree(self, *, due: bool = False, sampled: Sequence[int | None] = ()) -> bool:
+        """See `Control.agree`."""
+        return self._groups.agree(due=due, sampled=sampled)
 
     def take_coefficients(self) -> dict[str, float | list[float]]:
         """What the run's next step shall change."""

@@ -49,6 +49,7 @@ class Run:
         self._buffer: CaptureBuffer | None = None
         self._timings: dict[str, float] = defaultdict(float)
         self._n_sampled = 0
+        self._sampled: Sequence[int | None] = ()
         self._last_flush = time.perf_counter()
         self.decoding = False
 
@@ -64,12 +65,15 @@ class Run:
                 loop.prefill(new_cache(engine.model))
             else:
                 generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
+            self._control.agree(sampled=self._sampled)  # the last tokens too
             self._flush()
         self._timings["total"] = time.perf_counter() - began
         self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
 
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
-        """Apply what came in since the last step; False: stop."""
+        """Apply what came in since the last step, and read out when somebody waits; False: stop."""
+        if self._control.agree(due=self._somebody_waits(), sampled=self._sampled):
+            self._flush()
         if self._control.cancelled:
             return False
         if coefficients := self._control.take_coefficients():
@@ -80,7 +84,7 @@ class Run:
         return True
 
     def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
-        """Take note of the step, and read out when the buffer is full or somebody waits."""
+        """Take note of the step, and read out when the buffer is full."""
         self._timings["decode" if self.decoding else "prefill"] += time.perf_counter() - self._step_began
         self._timings["forward_tokens"] += step.width
         if self._buffer is not None:
@@ -88,15 +92,17 @@ class Run:
         if sampled is not None:
             self._emit(TokensSampled(self._n_sampled, tuple(sampled)))
             self._n_sampled += 1
-        if self._is_due(step):
+            self._sampled = sampled
+        if self._is_full(step):
             self._flush()
 
-    def _is_due(self, step: Step) -> bool:
+    def _is_full(self, step: Step) -> bool:
         """The next step may be as wide as this one, or a single column when decoding."""
         if self._buffer is None:
             return False
-        if step.phase == "prompt" or not self._buffer.has_room_for(self._batch.rows):
-            return True
+        return step.phase == "prompt" or not self._buffer.has_room_for(self._batch.rows)
+
+    def _somebody_waits(self) -> bool:
         return self._spec.watched and time.perf_counter() - self._last_flush >= _WATCH_SECONDS
 
     def _flush(self) -> None:

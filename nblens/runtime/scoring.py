@@ -73,7 +73,7 @@ class Scoring:
         """Halve what goes through the model at once, or give up."""
         width = max(len(self._spec.texts[number].ids) for number in numbers)
         rows = len(numbers) * min(self._spec.n_settings, self._settings_at_once(width))
-        if rows == 1:
+        if rows == 1 or not self._engine.ranks.alone:
             batch = self._engine.batch([self._spec.texts[number].ids for number in numbers])
             raise out_of_memory("scoring answers", batch, batch.width) from error
         self._tokens = max(1, rows * width // 2)
@@ -209,6 +209,7 @@ class _Watching:
         self._columns = columns
         if self._bank is not None:
             self._bank.begin(columns, batch)
+        self._control.agree()
         return not self._control.cancelled
 
     def after(self, step: object, sampled: object) -> None:

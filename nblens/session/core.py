@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import Interrupted, NoModelError
+from nblens.errors import Interrupted, NoModelError, UserError
 from nblens.evaluation.neutral import NEUTRAL_TEXTS
 from nblens.lens.store import LensStore
 from nblens.lens.translators import LOGIT, Lens
+from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.placement import Placement
 from nblens.model.tokens import TokenTexts
 from nblens.requests import RequestBuilder
 from nblens.results import Generation, RunResult
 from nblens.runtime.backend import Backend
-from nblens.runtime.engine import Engine
-from nblens.runtime.local import LocalBackend
 from nblens.specs import Event, LensTensors, ReadoutSlice, Request, RunSpec, Steer, SteeringWrite
 from nblens.steering.store import LiveSteering, Steering, VectorStore
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from nblens.steering.report import SteerabilityReport
     from nblens.steering.vectors import SteeringVector
@@ -43,12 +42,21 @@ _LIVE = "live:"
 class SessionCore:
     """What every part of a session stands on: the model, its backend, vectors and lenses."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, placement: Placement) -> None:
-        self.model = engine.model
-        self.architecture = engine.architecture
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerBase,
+        placement: Placement,
+        *,
+        config: PretrainedConfig,
+        architecture: Architecture | ModelFacts,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        self._model = model
+        self.architecture = architecture
         self.tokenizer = tokenizer
         self.placement = placement
-        self.backend: Backend | None = LocalBackend(engine)
+        self.backend: Backend | None = backend
         self.vectors = VectorStore(self.architecture.n_blocks, self.architecture.d_model)
         self.steer = LiveSteering(self.vectors, self._send)
         self.lenses = LensStore(self.architecture.n_blocks, self.architecture.d_model)
@@ -57,16 +65,31 @@ class SessionCore:
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
         self._placed: dict[str, Lens] = {}
         self._text_of = TokenTexts(tokenizer)
-        text_config = engine.model.config.get_text_config(decoder=True)
-        context = getattr(text_config, "max_position_embeddings", None)
+        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         self._builder: RequestBuilder | None = RequestBuilder(self.architecture, tokenizer, context, self.lenses)
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The transformers model; None once it is unloaded.
+
+        Raises
+        ------
+        UserError
+            It is spread over other processes.
+        """
+        if self._model is None and self.backend is not None:
+            raise UserError(
+                "session.model is spread over several processes and cannot be called here; use the session's own "
+                "methods, or load it in this process (without tp, pp and ray)"
+            )
+        return self._model
 
     def unload(self) -> None:
         """Stop what runs, free the model, and end this session."""
         if self.backend is not None:
             self.backend.close()
             self.backend = None
-        self.model = self.architecture = self._builder = None
+        self._model = self.architecture = self._builder = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

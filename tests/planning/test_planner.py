@@ -208,16 +208,16 @@ def test_pipeline_stages_are_cut_as_transformers_cuts_them():
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llama", {"tp": 3}, r"tp=3 does not divide 4 attention heads and 2 key-value heads; 2 would"),
-        ("llama", {"tp": 4}, r"tp=4 does not divide 4 attention heads and 2 key-value heads; 2 would"),
+        ("llama", {"tp": 3}, "tp=3 does not divide the 4 attention heads of this llama model; give tp=2"),
+        ("llama", {"tp": 4}, "tp=4 does not divide the 2 key-value heads of this llama model; give tp=2"),
         ("gpt2", {"tp": 2}, "no tensor-parallel plan for gpt2"),
-        ("llama", {"pp": 4}, "pp=4 is more than the 3 blocks"),
-        ("llama", {"tp": 0}, "tp is at least 1, got 0"),
+        ("llama", {"pp": 4}, "pp=4 stages need as many blocks; this llama model has 3"),
+        ("llama", {"tp": 0}, "tp must be a whole number of ranks from 1 on, got 0"),
         ("llama", {"batch": 0}, "batch is at least 1, got 0"),
         ("llama", {"context": 129}, "129 tokens is more than the 128"),
         ("llama", {"quantization": "3bit"}, "quantization '3bit' is unknown; one of 8bit, 4bit, int8, int4"),
         ("llama", {"dtype": "int8"}, "dtype 'int8' is unknown"),
-        ("llama", {"tp": 2, "pp": 3}, "need 6 devices, and there are 4"),
+        ("llama", {"tp": 2, "pp": 3}, "tp=2 and pp=3 cannot be combined yet"),
     ],
 )
 def test_a_wrong_setting_is_refused(family, options, message):

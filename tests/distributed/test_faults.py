@@ -1,0 +1,214 @@
+"""What several processes do when something goes wrong, and that they change course at the same step."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import psutil
+import pytest
+import ray
+from distributed.conftest import load_beside
+
+import nblens
+from nblens import Interrupted, UserError, WorkerError, loading
+from nblens.runtime.rank import LoadOrder, Rank
+from nblens.runtime.ray_cluster import RayBackend
+from nblens.session import Session
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+@pytest.fixture
+def demo(cluster):
+    """The built-in model over two ranks: a text of 400 tokens takes it seconds."""
+    session = load_beside(None, tp=2)
+    yield session
+    session.unload()
+
+
+def later(seconds, action):
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+def test_ctrl_c_stops_all_ranks_and_the_next_request_works(demo):
+    timer = later(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    with pytest.raises(Interrupted) as stopped:
+        demo.generate("The summer was", 400, min_new_tokens=400)
+    assert time.monotonic() - began < 5
+    timer.join()
+    assert 0 < len(stopped.value.partial.token_ids) < 400
+    assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
+
+
+def test_an_error_of_every_rank_leaves_them_usable(demo):
+    with pytest.raises(UserError, match="max_time is not supported over several processes"):
+        demo.generate("The summer was", 5, max_time=1.0)
+    assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
+
+
+def test_a_killed_rank_is_named_and_another_load_works(demo):
+    later(0.5, lambda: os.kill(demo.backend.pids[1], signal.SIGKILL))
+    with pytest.raises(WorkerError, match="rank 1 of 2 failed: its process died") as error:
+        demo.generate("The summer was", 400, min_new_tokens=400)
+    assert "all ranks were stopped; load the model again with %load_sharded" in str(error.value)
+    for pid in demo.backend.pids:
+        gone(psutil.Process(pid) if psutil.pid_exists(pid) else None, 5)
+    with pytest.raises(WorkerError, match="load the model again"):
+        demo.generate("The summer was", 2)
+    again = load_beside(None, tp=2)
+    assert again.generate("The capital of France is", 2).text.startswith(" Paris")
+    again.unload()
+
+
+def test_the_error_of_a_killed_rank_comes_soon(demo):
+    killed = []
+
+    def kill():
+        killed.append(time.monotonic())
+        os.kill(demo.backend.pids[0], signal.SIGKILL)
+
+    later(0.5, kill)
+    with pytest.raises(WorkerError, match="rank 0 of 2 failed"):
+        demo.generate("The summer was", 400, min_new_tokens=400)
+    assert time.monotonic() - killed[0] < 5
+
+
+def gone(process, seconds):
+    """Wait until a process has ended; one that nobody waits for has, too."""
+    deadline = time.monotonic() + seconds
+    while process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, process
+        time.sleep(0.1)
+
+
+def script(source):
+    """Run a script of its own, which begins a cluster of its own; its output can be read."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_nothing_is_left_of_a_kernel_that_was_killed():
+    kernel = script("""
+        import time
+        import nblens
+        nblens.load(tp=2)
+        print("loaded", flush=True)
+        time.sleep(60)
+    """)
+    assert kernel.stdout.readline() == "loaded\n", kernel.stderr.read()
+    processes = psutil.Process(kernel.pid).children(recursive=True)
+    assert len([process for process in processes if "Rank" in " ".join(process.cmdline())]) == 2
+    kernel.kill()
+    kernel.communicate()
+    deadline = time.monotonic() + 10
+    for process in processes:
+        gone(process, max(0.1, deadline - time.monotonic()))
+
+
+def test_a_node_that_leaves_in_mid_run_is_an_error_with_a_name():
+    run = script("""
+        import threading, time
+        from ray.cluster_utils import Cluster
+        import nblens
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        other = cluster.add_node(num_cpus=1)
+        session = nblens.load(tp=2, ray=cluster.address)
+        print(session.generate("The capital of France is", 2).text, len(session.placement.devices))
+        threading.Timer(0.5, lambda: cluster.remove_node(other, allow_graceful=False)).start()
+        began = time.monotonic()
+        try:
+            session.generate("The summer was", 400, min_new_tokens=400)
+        except nblens.WorkerError as error:
+            print(str(error).splitlines()[0], time.monotonic() - began < 30)
+    """)
+    output, errors = run.communicate(timeout=100)
+    assert " Paris. 2\n" in output, errors
+    (line,) = [line for line in output.splitlines() if line.startswith("rank ")]  # Ray prints what it saw, too
+    assert "of 2 failed: " in line
+    assert line.endswith("True")
+
+
+def test_a_change_of_coefficients_takes_effect_at_the_same_step_on_every_rank(cluster, saved):
+    # written here, the class goes to the ranks by value
+    class Recording(Rank):
+        def _control(self, number):
+            control = super()._control(number)
+            if control is not None and not hasattr(control, "taken"):
+                control.taken = self.taken = []
+                take = control.take_coefficients
+
+                def recorded():
+                    taken = take()
+                    control.taken.append(dict(taken))
+                    return taken
+
+                control.take_coefficients = recorded
+            return control
+
+        def record(self):
+            return self.taken
+
+    path = saved("llama, an odd vocabulary")
+    backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, tp=2), actor=Recording)
+    loading._current = None
+    one = load_beside(path)
+    session = Session(backend, one.tokenizer, backend.placement, config=one.model.config, architecture=backend.facts)
+    session.vectors["v"] = one.vectors["v"]
+    session.steer({"v": 0.0})
+    stopping = threading.Event()
+
+    def turn():
+        value = 0.0
+        while not stopping.wait(0.004):
+            value += 0.125
+            session.steer({"v": value})
+
+    turner = threading.Thread(target=turn)
+    turner.start()
+    out = session.generate("the cat sat", 80)
+    stopping.set()
+    turner.join()
+    first, second = ray.get([actor.record.remote() for actor in backend._ranks.actors])
+    session.unload()
+    one.unload()
+    assert len(out.token_ids) == 80
+    assert len(first) == 80
+    assert first == second
+    assert sum(bool(change) for change in first) > 5
+
+
+def test_a_model_that_cannot_be_spread_is_refused_before_the_old_one_goes(demo, saved, tmp_path):
+    from tiny_models import tiny_model, tiny_tokenizer
+
+    loading._current = demo
+    for family, options, message in (
+        ("llama", {"tp": 4}, "tp=4 does not divide the 2 key-value heads"),
+        ("gpt2", {"tp": 2}, "no tensor-parallel plan for gpt2"),
+        ("llama", {"tp": 2, "pp": 2}, "cannot be combined"),
+        ("llama", {"tp": 2, "max_memory": {"cpu": "1GiB"}}, "max_memory cannot be given with tp or pp"),
+    ):
+        tiny_model(family).save_pretrained(tmp_path / family)
+        tiny_tokenizer().save_pretrained(tmp_path / family)
+        with pytest.raises(UserError, match=message):
+            nblens.load(str(tmp_path / family), **options)
+    assert nblens.current() is demo
+    loading._current = None
+    assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
+
+
+def test_the_model_itself_is_not_here(demo):
+    with pytest.raises(UserError, match="spread over several processes"):
+        demo.model  # noqa: B018
