@@ -9,6 +9,7 @@ block's output must give, through our readout, the model's own logits.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nblens.model.pipeline import Stage
 
 __all__ = [
     "Architecture",
@@ -90,6 +93,8 @@ class Architecture:
     vocab_size: int
     dtype: torch.dtype
     transform: LogitTransform = field(default_factory=LogitTransform)
+    stage: Stage | None = None
+    """where the blocks are shared out among processes: which are here"""
 
     @property
     def n_blocks(self) -> int:
@@ -100,6 +105,14 @@ class Architecture:
     def facts(self) -> ModelFacts:
         """The same as a small value."""
         return ModelFacts(self.family, self.n_blocks, self.d_model, self.vocab_size, self.dtype)
+
+    def has(self, block: int) -> bool:
+        """Whether a block runs in this process."""
+        return self.stage is None or block in self.stage.blocks
+
+    def whole(self, states: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+        """States (n_blocks, …) that were captured at these blocks, those of other processes too."""
+        return states if self.stage is None else self.stage.complete(states, blocks)
 
     def apply_tail(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm (and projection) of residuals, (..., d_model) → (..., lm_head inputs)."""
@@ -211,7 +224,8 @@ def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go; the weights of an offloaded embedding wait on "meta" and are brought there when it runs."""
     embedding = model.get_input_embeddings()
-    return torch.device(_execution_device(embedding))
+    here = next(embedding.parameters(), None) is not None  # else it is in another process
+    return torch.device(_execution_device(embedding if here else model))
 
 
 def output_device(architecture: Architecture) -> torch.device:
@@ -335,7 +349,8 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
     configs = (model.config, model.config.get_text_config(decoder=True))
     named = {name: value for config in configs for name, value in vars(config).items()}
     special = {value for name, value in named.items() if re.search(r"token_(id|index)$", name) and type(value) is int}
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size if weight is None else weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, vocab_size, (len(special) + 1, _PROBE_ROWS * _PROBE_TOKENS), generator=generator)
     ordinary = [token for token in drawn.flatten().tolist() if token not in special]

@@ -63,6 +63,9 @@ def find_inner_sites(model: PreTrainedModel, architecture: Architecture) -> list
     try:
         watched: set[nn.Module] = set()  # a module of several blocks is watched once
         for block, root in enumerate(architecture.blocks):
+            if not architecture.has(block):
+                solved[block] = BlockSites()
+                continue
             for path, module in root.named_modules(memo=watched):
                 watch(module, path, block)
         probe_logits(model)

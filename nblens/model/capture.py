@@ -42,6 +42,7 @@ class CaptureBuffer:
         device: torch.device,
     ) -> None:
         """Reserve memory for the blocks in `places[site]` of each site."""
+        self._architecture = architecture
         self._places = {site: tuple(blocks) for site, blocks in places.items()}
         self._data = {
             site: torch.empty((len(blocks), capacity, architecture.d_model), dtype=architecture.dtype, device=device)
@@ -98,7 +99,8 @@ class CaptureBuffer:
             offset = place.stop
         self._used = 0
         self._rows, self._positions, self._next_ids = [], [], []
-        return {site: data[:, :offset] for site, data in self._data.items()}, spans
+        whole = self._architecture.whole
+        return {site: whole(data[:, :offset], self._places[site]) for site, data in self._data.items()}, spans
 
     def _compact(self, order: list[int]) -> None:
         """Bring the wanted tokens to the front, a block at a time so that only one is held twice."""

@@ -68,16 +68,21 @@ def _shares(model: PreTrainedModel, architecture: Architecture) -> list[DeviceSh
     others_of: dict[str, dict[str, None]] = defaultdict(dict)
     bytes_of: dict[str, int] = defaultdict(int)
     for block, module in enumerate(architecture.blocks):
+        if not architecture.has(block):
+            continue
         blocks_of[_device_of(module, model)].append(block)
     others = {
         "embedding": model.get_input_embeddings(),
         "norm": architecture.tail,
         "lm_head": architecture.lm_head,
     }
+    if architecture.stage and 0 not in architecture.stage.blocks:
+        del others["embedding"]
     for part, modules in others.items():
         for module in modules if isinstance(modules, tuple) else (modules,):
             others_of[_device_of(module, model)][part] = None
-    for parameter in model.parameters():
+    parameters = {*model.parameters(), *architecture.lm_head.parameters()}  # a stage reads through its own copy
+    for parameter in parameters:
         here = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # of a sharded one, the part
         bytes_of[str(parameter.device)] += here.numel() * here.element_size()
     if "meta" in bytes_of:  # offloaded: the bytes wait in memory or on disk

@@ -87,8 +87,11 @@ def _mismatch(
         with Instrumentation([HookPoint(architecture.blocks[-1], capture=residuals.append)]):
             SteppingLoop(model, batch, _Nobody(), width=width, feeding=way).prefill(new_cache(model))
     except Exception as error:
+        if architecture.stage:
+            raise  # the other stages may wait for this one: they must not go on without it
         return f"cannot go on from its cache: {first_line(error)}"
-    logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(torch.cat(residuals, 1))))
+    last = architecture.whole(torch.cat(residuals, 1)[None], (architecture.n_blocks - 1,))[0]
+    logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(last)))
     for row, prompt in enumerate(prompts):
         error = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
         if not error <= _allowed(architecture.dtype):

@@ -184,10 +184,9 @@ class _Load:
         """Tokens of a step, as a run chooses them beside the lm_head."""
         return step_tokens(self._captured(1), None if limit is None else max(0, limit - weights))
 
-    def _captured(self, tokens: int, blocks: int | None = None) -> int:
+    def _captured(self, tokens: int) -> int:
         blueprint = self.blueprint
-        n_blocks = blueprint.n_blocks if blocks is None else blocks
-        return n_blocks * tokens * blueprint.d_model * blueprint.dtype.itemsize
+        return blueprint.n_blocks * tokens * blueprint.d_model * blueprint.dtype.itemsize
 
     def readout(self, chunk: int) -> int:
         """Beside the lm_head: captured activations, tiles of logits, statistics, and the logits to sample from."""
@@ -196,10 +195,6 @@ class _Load:
         statistics = blueprint.n_blocks * tokens * _STATISTICS
         logits = 2 * self.setting.batch * blueprint.vocab_size * 4
         return self._captured(tokens) + tiles + statistics + logits
-
-    def capture(self, chunk: int, blocks: int) -> int:
-        """What a stage without the lm_head keeps of its own blocks."""
-        return self._captured(max(chunk, self.setting.batch), blocks)
 
     def working(self, chunk: int, device: str) -> int:
         """Activations of one step, wherever blocks run."""
@@ -258,11 +253,13 @@ def _rank_plans(load: _Load, limits: Limits) -> tuple[int, tuple[DevicePlan, ...
     weights = [sum(load.sizes[name] for name in names_here) for names_here in held]
     if setting.pp > 1 and blueprint.tied:
         weights[-1] += load.sizes[f"{blueprint.embedding_path}.weight"]  # each end has its own
+    for stage in range(setting.pp - 1):  # which reads through its own copy of the lm_head
+        weights[stage] += load.sizes[f"{blueprint.embedding_path if blueprint.tied else blueprint.head_path}.weight"]
     chunk = load.chunk(limits_of(names[-1], limits, setting), weights[-1])
     plans = []
     for rank, device in enumerate(names):
         stage = rank // setting.tp
-        blocks, last = stages[stage], stage == setting.pp - 1
+        blocks = stages[stage]
         plans.append(
             DevicePlan(
                 device=device,
@@ -270,7 +267,7 @@ def _rank_plans(load: _Load, limits: Limits) -> tuple[int, tuple[DevicePlan, ...
                 weight_bytes=weights[stage],
                 expert_bytes=sum(load.sizes[name] for name in held[stage] if blueprint.is_expert(name)),
                 cache_bytes=sum(load.cache[block] for block in blocks),
-                readout_bytes=load.readout(chunk) if last else load.capture(chunk, len(blocks)),
+                readout_bytes=load.readout(chunk),
                 working_bytes=load.working(chunk, device),
                 limit_bytes=limits_of(device, limits, setting),
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import DeviceMemoryError
+from nblens.errors import DeviceMemoryError, UserError
 from nblens.lens.attribution import CONTRIBUTIONS, AttributionReader
 from nblens.lens.fitting import fit_translators
 from nblens.lens.reader import LensReader
@@ -16,6 +16,7 @@ from nblens.model.architecture import find_architecture, input_device, output_de
 from nblens.model.capture import CaptureBuffer
 from nblens.model.generation import Batch, Observer, Step, SteppingLoop, new_cache
 from nblens.model.hooks import Capture, HookPoint, Instrumentation
+from nblens.model.pipeline import find_staged_architecture
 from nblens.model.probing import find_feeding
 from nblens.model.readout import Readout
 from nblens.model.sites import SiteLocation, SiteMap
@@ -70,11 +71,14 @@ class Engine:
         self.ranks = ranks or Ranks()
         self.model = model
         self.tokenizer = tokenizer
-        self.architecture = find_architecture(model)
+        staged = getattr(model, "_pp_stage", None) is not None
+        self.architecture = find_staged_architecture(model) if staged else find_architecture(model)
         self.feeding = find_feeding(model, self.architecture, pad_id)
         self.readout = Readout(self.architecture)
         self.readout.prove()
         self.sites = SiteMap(model, self.architecture)
+        if staged:
+            _ = self.sites.blocks  # found together: all stages take part in a forward pass
         self.lenses: dict[str, Lens] = {}
         """by the name that a `LensSpec` gives, on the readout's device"""
         self._pad_id = pad_id
@@ -160,6 +164,8 @@ class Engine:
 
     def _fit(self, spec: FitSpec, emit: Callable[[Event], None], control: Control) -> None:
         """Fit the translators of a lens."""
+        if spec.kind == "jacobian" and self.architecture.stage:
+            raise UserError("a jacobian lens needs gradients through all blocks; load the model without pp to fit one")
 
         def cancelled() -> bool:
             control.agree()
@@ -231,7 +237,8 @@ class Engine:
         for site, block in sorted({*wanted, *bank.places}):
             place = self.sites.locate(site, block)
             written = place.written_at or place
-            edit = bank.editor(site, block, written.scale) if (site, block) in bank.places else None
+            steered = (site, block) in bank.places and self.architecture.has(block)
+            edit = bank.editor(site, block, written.scale) if steered else None
             capture = writer(site, block) if (site, block) in wanted else None
             if written is place:
                 points.append(_hook_point(place, rows, edit=edit, capture=capture))

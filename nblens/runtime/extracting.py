@@ -144,7 +144,7 @@ class Extraction:
             with Instrumentation(points):
                 observer = _Reading(reader, self._control)
                 engine.loop(batch, observer, chunk // batch.rows).prefill(new_cache(engine.model))
-            return None if self._control.cancelled else reader.states()
+            return None if self._control.cancelled else engine.architecture.whole(reader.states(), self._blocks)
 
         fewest = engine.feeding.fewest(batch.rows, batch.width)
         return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=engine.ranks.alone)

@@ -149,7 +149,8 @@ class Scoring:
             engine.loop(repeated, watching, width).prefill(cache, range(shared, batch.width))
         if not watching.kept:  # stopped before the first column that is scored
             return torch.empty((len(settings), 0, architecture.d_model))
-        by_text = torch.cat(watching.kept, 1).to(output_device(architecture)).unflatten(0, (batch.rows, len(settings)))
+        last = architecture.whole(torch.cat(watching.kept, 1)[None], (architecture.n_blocks - 1,))[0]
+        by_text = last.to(output_device(architecture)).unflatten(0, (batch.rows, len(settings)))
         offsets = (self._first_scored(batch) - watching.first).tolist()
         return torch.cat([states[:, offset:] for states, offset in zip(by_text, offsets, strict=True)], 1)
 

@@ -76,14 +76,18 @@ def with_vectors(session: nblens.Session) -> nblens.Session:
     return session
 
 
-@pytest.fixture(scope="module", params=MODELS)
+SPREAD = [(name, {"tp": 2}) for name in MODELS] + [(name, {"pp": 2}) for name in list(MODELS)[:2]]
+
+
+@pytest.fixture(scope="module", params=SPREAD, ids=lambda param: f"{param[0]}, {next(iter(param[1]))}")
 def pair(
     request: pytest.FixtureRequest, cluster: None, saved: Callable[[str], Path]
 ) -> Iterator[tuple[nblens.Session, nblens.Session]]:
     """The same model in this process and over two ranks."""
     torch.set_num_threads(1)
-    path = saved(request.param)
-    one, two = load_beside(path), load_beside(path, tp=2)
+    name, options = request.param
+    path = saved(name)
+    one, two = load_beside(path), load_beside(path, **options)
     yield one, two
     two.unload()
     one.unload()

@@ -49,4 +49,4 @@ def test_a_refusal_shows_the_table_and_one_line(run, folder):
 
 def test_options_of_a_plan_need_it(run):
     assert "--context goes with --plan" in run("%load_sharded --context 64").stderr
-    assert "--tp goes with --plan" in run("%load_sharded --tp 2").stderr
+    assert "--batch goes with --plan" in run("%load_sharded --batch 2").stderr

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nblens import Sample, Steer
+from nblens import Sample, Steer, UserError
 
 PROMPTS = ["the cat sat on the mat", "and", "a man had tea with her one day and the dog ran"]
 TARGETS = [5, 7, 150]
@@ -123,9 +123,13 @@ def test_logits_are_attributed_alike(pair):
 
 
 @pytest.mark.parametrize("kind", ["tuned", "jacobian"])
-def test_a_lens_is_fitted_alike_and_read_through(pair, kind):
+def test_a_lens_is_fitted_alike_and_read_through(pair, kind, request):
     texts = [f"{text} and the cat sat on the mat" for text in PROMPTS * 2]
     options = {"steps": 3} if kind == "tuned" else {}
+    if kind == "jacobian" and ", pp" in request.node.name:
+        with pytest.raises(UserError, match="load the model without pp"):
+            pair[1].fit_lens(texts, kind, progress=False)
+        return
     one, two = (session.fit_lens(texts, kind, progress=False, **options) for session in pair)
     for depth in one.weights:
         close(one.weights[depth], two.weights[depth], 1e-4)
