@@ -7,11 +7,14 @@ import torch
 from nblens.model.capture import CaptureBuffer
 from nblens.model.generation import Step
 
-SHAPE = SimpleNamespace(d_model=2, dtype=torch.float32)
+
+def shape(dtype=torch.float32):
+    """An architecture, all of it in this process."""
+    return SimpleNamespace(d_model=2, dtype=dtype, whole=lambda states, blocks: states)
 
 
 def buffer_of(places, capacity):
-    return CaptureBuffer(SHAPE, places, capacity, torch.device("cpu"))
+    return CaptureBuffer(shape(), places, capacity, torch.device("cpu"))
 
 
 def fill(buffer, places, positions, next_ids, *, start=0, phase="prompt"):
@@ -115,8 +118,7 @@ def test_room_is_counted_with_padding_and_is_all_there_again_after_a_drain():
 
 
 def test_states_are_kept_in_the_models_dtype():
-    shape = SimpleNamespace(d_model=2, dtype=torch.bfloat16)
-    buffer = CaptureBuffer(shape, {"resid_post": (0,)}, 1, torch.device("cpu"))
+    buffer = CaptureBuffer(shape(torch.bfloat16), {"resid_post": (0,)}, 1, torch.device("cpu"))
     buffer.writer("resid_post", 0)(torch.full((1, 1, 2), 3.0, dtype=torch.bfloat16))
     buffer.commit(Step("prompt", 0, 1, torch.tensor([[0]]), torch.tensor([[-1]])))
     captured, _ = buffer.drain()
