@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line
-from nblens.model.parallel import check_parallel
+from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
 from nblens.planning.checkpoint import DEMO_MODEL, read_config, source_of
@@ -49,6 +49,7 @@ def load(
     quantization: str | None = None,
     tp: int = 1,
     pp: int = 1,
+    ep: int = 1,
     ray: str | None = None,
     trust_remote_code: bool = False,
 ) -> Session:
@@ -84,6 +85,9 @@ def load(
         ``pip install "nblens[cluster]"``, as do `pp` and `ray`.
     pp : int
         Pipeline parallelism: blocks are dealt out to so many processes.
+    ep : int
+        Expert parallelism: the experts of a mixture are dealt out, whole, to so many processes, which share the rest
+        by tensor parallelism.
     ray : str, optional
         Address of the Ray cluster that runs these processes. None: this machine.
     trust_remote_code : bool
@@ -112,7 +116,8 @@ def load(
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
     _check_files(source)
-    check_parallel(config, tp=tp, pp=pp)
+    tp = tensor_ranks(tp, ep)
+    check_parallel(config, tp=tp, pp=pp, ep=ep)
     spread = tp > 1 or pp > 1
     if spread or ray is not None:
         placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
@@ -126,7 +131,7 @@ def load(
     if _current is not None:
         _current.unload()
     if spread:
-        order = {"source": source, "where": where, "tp": tp, "pp": pp}
+        order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
     else:

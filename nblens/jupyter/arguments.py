@@ -254,6 +254,7 @@ def _load() -> MagicParser:
     )
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="N processes share every block's weights")
     parser.add_argument("--pp", type=int, default=1, metavar="N", help="blocks are dealt out to N processes")
+    parser.add_argument("--ep", type=int, default=1, metavar="N", help="experts are dealt out to N processes (MoE)")
     parser.add_argument("--ray", metavar="ADDRESS", help="the Ray cluster that runs them (default: this machine)")
     parser.add_argument("--plan", action="store_true", help="only tell what would go where, and whether it fits")
     parser.add_argument("--context", type=int, metavar="N", help="with --plan: tokens in each row (default: 2048)")

@@ -144,6 +144,7 @@ class NblensMagics(Magics):
             "quantization": options.quantization,
             "tp": options.tp,
             "pp": options.pp,
+            "ep": options.ep,
             "trust_remote_code": options.trust_remote_code,
         }
         planned = {"context": options.context, "batch": options.batch}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.errors import UserError
-from nblens.model.parallel import check_parallel
+from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.quantization import find_quantization
 from nblens.planning.blueprint import Blueprint, draw_blueprint
 from nblens.planning.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
@@ -47,6 +47,7 @@ def plan(
     max_memory: Mapping[int | str, int | str] | None = None,
     tp: int = 1,
     pp: int = 1,
+    ep: int = 1,
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     offload_dir: str | None = None,
@@ -69,8 +70,8 @@ def plan(
         ``{"cuda:0": "80GiB", "cuda:1": "80GiB"}``.
     max_memory : mapping, optional
         Such a description, too: ``{0: "80GiB", "cpu": "200GiB"}``. Without either, what is free here.
-    tp, pp : int
-        Ranks of tensor and of pipeline parallelism. 1 and 1: one process, blocks over the devices.
+    tp, pp, ep : int
+        Ranks of tensor, pipeline and expert parallelism. All 1: one process, blocks over the devices.
     dtype, quantization, offload_dir, revision, trust_remote_code
         As `nblens.load` takes them.
     context : int, optional
@@ -98,7 +99,8 @@ def plan(
     else:
         device_map = devices if isinstance(devices, Mapping) else None
         limits = limits_here(devices, None, {}) if max_memory is None else described_limits(max_memory)
-    setting = Setting(dtype, quantization, tp, pp, context, batch, offload_dir is not None)
+    check_parallel(checkpoint.config, tp=tensor_ranks(tp, ep), pp=pp, ep=ep)  # experts cut or whole: as many bytes
+    setting = Setting(dtype, quantization, tensor_ranks(tp, ep), pp, context, batch, offload_dir is not None)
     return plan_of(checkpoint, limits, setting, device_map, propose=propose)
 
 

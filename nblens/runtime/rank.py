@@ -25,6 +25,7 @@ from nblens.model.architecture import ModelFacts
 from nblens.model.placement import Placement, describe_placement
 from nblens.runtime.backend import Coefficients
 from nblens.runtime.engine import Engine
+from nblens.runtime.rank_news import News, Reporter
 from nblens.runtime.ranks import AgreedControl, Ranks
 from nblens.specs import Event, Request, RunSpec
 
@@ -47,6 +48,12 @@ class LoadOrder:
     pad_id: int
     tp: int = 1
     pp: int = 1
+    ep: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return max(self.tp, self.pp)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Joined:
 
     facts: ModelFacts
     placement: Placement
+    parameters: Mapping[str, int]
+    """how many numbers each of its parameters has, over all ranks that share it"""
     pid: int
     node: str
 
@@ -75,7 +84,7 @@ class Failure:
 
 
 class Rank:
-    """One process. `steer`, `cancel` and `pid` are answered at any time, everything else in the order it came.
+    """One process. `steer`, `cancel`, `news` and `pid` are answered at any time, everything else in the order it came.
 
     Parameters
     ----------
@@ -91,6 +100,7 @@ class Rank:
         self._controls: dict[int, AgreedControl] = {}
         self._done = -1
         self._engine: Engine | None = None
+        self._reporter = Reporter()
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
 
@@ -157,6 +167,11 @@ class Rank:
             control.cancel()
 
     @ray.method(concurrency_group="ctl")
+    def news(self) -> News:
+        """How far it has loaded, and what was logged since the last question."""
+        return self._reporter.news()
+
+    @ray.method(concurrency_group="ctl")
     def pid(self) -> int:
         """Number of the process."""
         return os.getpid()
@@ -174,14 +189,13 @@ class Rank:
     def _load(self, order: LoadOrder) -> Joined:
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.distributed import DistributedConfig
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
+        self._reporter.install()
         dtype = order.dtype
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
         began = time.perf_counter()
-        spread = DistributedConfig(tp_size=order.tp) if order.tp > 1 else DistributedConfig(pp_size=order.pp)
+        spread = DistributedConfig(tp_size=order.tp, pp_size=order.pp, ep_size=order.ep)
         model = AutoModelForCausalLM.from_pretrained(
             order.source, dtype=dtype, distributed_config=spread, **order.where
         ).eval()
@@ -189,7 +203,8 @@ class Rank:
         self._engine = Engine(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks)
         architecture = self._engine.architecture
         placement = describe_placement(model, architecture, name="", seconds=time.perf_counter() - began)
-        return Joined(architecture.facts, placement, os.getpid(), ray.util.get_node_ip_address())
+        parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return Joined(architecture.facts, placement, parameters, os.getpid(), ray.util.get_node_ip_address())
 
     def _serve(self, number: int, packed: bytes, emit: Callable[[Event], None]) -> Failure | None:
         try:

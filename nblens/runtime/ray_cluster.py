@@ -24,6 +24,7 @@ from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Coefficients, Control, EventStream
 from nblens.runtime.local import LocalBackend
 from nblens.runtime.rank import Failure, Joined, LoadOrder, Rank
+from nblens.runtime.rank_news import News, loading_bar, relay
 from nblens.runtime.watchdog import Watchdog, descendants
 from nblens.specs import Event, Request, RunSpec
 
@@ -32,6 +33,7 @@ __all__ = ["RayBackend"]
 _GRACE = 3.0  # seconds that ranks have to fail alike, before those that hang are ended
 _START = 120.0  # seconds for a cluster to make room
 _CLOSE = 5.0
+_LOOK = 0.3  # seconds between two looks at ranks that load
 _AGAIN = "load the model again with %load_sharded or nblens.load()"
 
 
@@ -61,7 +63,7 @@ class RayBackend:
     placement: Placement
 
     def __init__(self, order: LoadOrder, *, address: str | None = None, actor: type = Rank) -> None:
-        self._size = max(order.tp, order.pp)
+        self._size = order.size
         before = descendants()
         self._started = _connect(address, self._size)
         self._group = self._ranks = self._local = self._watchdog = None
@@ -155,7 +157,10 @@ class _Ranks:
         """Have every rank load its part."""
         address = self._all([self.actors[0].address.remote()])[0]
         self._all([actor.join.remote(address) for actor in self.actors])
-        return self._all([actor.load.remote(order) for actor in self.actors])
+        with loading_bar(len(self.actors)) as show:
+            joined = self._all([actor.load.remote(order) for actor in self.actors], lambda: show(self._news()))
+        self._news()
+        return joined
 
     def new_control(self) -> _ForwardedControl:
         """For the next request."""
@@ -169,6 +174,7 @@ class _Ranks:
         try:
             self._run(control.number, ray.put(pickle.dumps(spec, protocol=5)), take)
         finally:
+            self._news()
             self._idle.set()
         if take.error is not None:
             raise take.error
@@ -176,6 +182,15 @@ class _Ranks:
     def wait_until_idle(self, seconds: float) -> None:
         """Wait for the request in progress, if there is one."""
         self._idle.wait(seconds)
+
+    def _news(self) -> list[News]:
+        """Log what ranks have logged; tell how far they have loaded."""
+        try:
+            all_news = ray.get([actor.news.remote() for actor in self.actors], timeout=_CLOSE)
+        except ray.exceptions.RayError:  # a rank that died or hangs is found by those who wait for its answer
+            return []
+        relay(all_news)
+        return all_news
 
     def kill(self, reason: str) -> None:
         """End every process."""
@@ -241,14 +256,17 @@ class _Ranks:
         except ray.exceptions.RayError:
             return False
 
-    def _all(self, calls: list[Any]) -> list[Any]:
-        """Wait for what every rank answers; the first failure ends them all."""
+    def _all(self, calls: list[Any], look: Callable[[], object] = lambda: None) -> list[Any]:
+        """Wait for what every rank answers, looking around meanwhile; the first failure ends them all."""
         rank_of = {call: rank for rank, call in enumerate(calls)}
         waiting, answers, failures = list(calls), {}, []
         deadline = None
         while waiting:
-            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+            patience = _LOOK if deadline is None else max(0.0, deadline - time.monotonic())
             ready, waiting = ray.wait(waiting, num_returns=1, timeout=patience)
+            if not ready and deadline is None:
+                look()
+                continue
             if not ready:
                 break
             try:
@@ -343,4 +361,5 @@ def _put_together(joined: Sequence[Joined]) -> Placement:
     for rank, one in enumerate(joined):
         node = f" on {one.node}" if several_nodes else ""
         devices += [replace(share, device=f"rank {rank}: {share.device}{node}") for share in one.placement.devices]
-    return replace(joined[-1].placement, devices=tuple(devices))
+    parameters = {name: n for one in joined for name, n in one.parameters.items()}  # a stage has its own alone
+    return replace(joined[-1].placement, n_parameters=sum(parameters.values()), devices=tuple(devices))

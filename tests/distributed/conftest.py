@@ -76,7 +76,7 @@ def with_vectors(session: nblens.Session) -> nblens.Session:
     return session
 
 
-SPREAD = [(name, {"tp": 2}) for name in MODELS] + [(name, {"pp": 2}) for name in list(MODELS)[:2]]
+SPREAD = [(name, {"tp": 2}) for name in MODELS] + [(name, {"pp": 2}) for name in MODELS] + [("qwen3_moe", {"ep": 2})]
 
 
 @pytest.fixture(scope="module", params=SPREAD, ids=lambda param: f"{param[0]}, {next(iter(param[1]))}")

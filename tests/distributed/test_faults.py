@@ -1,5 +1,6 @@
 """What several processes do when something goes wrong, and that they change course at the same step."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 
 import psutil
 import pytest
@@ -207,6 +209,61 @@ def test_a_model_that_cannot_be_spread_is_refused_before_the_old_one_goes(demo, 
     assert nblens.current() is demo
     loading._current = None
     assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
+
+
+@pytest.fixture
+def talking():
+    """A kind of rank, defined where it is pickled with its code."""
+
+    class Talking(Rank):
+        """Rank 1 has something to say while it loads, and every rank in each request."""
+
+        def _load(self, order):
+            joined = super()._load(order)
+            if self._rank == 1:
+                logging.getLogger("transformers.some.module").warning("lm_head was initialized")
+            return joined
+
+        def _serve(self, *args):
+            warnings.warn("slow kernel", UserWarning, stacklevel=1)
+            return super()._serve(*args)
+
+        def shapes(self):
+            from torch.distributed.tensor import DTensor
+
+            parameters = self._engine.model.named_parameters()
+            experts = {name: weight for name, weight in parameters if "experts.down_proj" in name}
+            return [tuple((w.to_local() if isinstance(w, DTensor) else w).shape) for w in experts.values()]
+
+    return Talking
+
+
+def test_what_ranks_log_is_logged_here(cluster, saved, talking, caplog):
+    path = saved("qwen3_moe")
+    one = load_beside(path)
+    with caplog.at_level(logging.WARNING, "nblens.ranks"):
+        backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, tp=2, ep=2), actor=talking)
+        said = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        session = Session(
+            backend, one.tokenizer, backend.placement, config=one.model.config, architecture=backend.facts
+        )
+        session.generate("the cat", 1)
+        session.unload()  # the request's end comes after its result
+        (record,) = caplog.records
+    one.unload()
+    assert "rank 1: lm_head was initialized" in said
+    assert record.getMessage().startswith("all ranks: ")
+    assert "UserWarning: slow kernel" in record.getMessage()
+
+
+def test_expert_parallelism_deals_whole_experts_out(cluster, saved, talking):
+    path = saved("qwen3_moe")
+    for options, experts in (({"tp": 2}, 4), ({"tp": 2, "ep": 2}, 2)):
+        backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, **options), actor=talking)
+        shapes = ray.get(backend._ranks.actors[0].shapes.remote())
+        backend.close()
+        assert {shape[0] for shape in shapes} == {experts}
 
 
 def test_the_model_itself_is_not_here(demo):

@@ -36,6 +36,11 @@ def same_generation(one, two):
     assert one.text == two.text
 
 
+def test_placement_counts_every_parameter_once(pair):
+    one, two = pair
+    assert two.placement.n_parameters == one.placement.n_parameters
+
+
 def test_states_are_captured_alike_at_every_site(pair):
     one, two = (session.capture(PROMPTS, sites=["resid_pre", "resid_mid", "mlp_out", "resid_post"]) for session in pair)
     for row, other in zip(one, two, strict=True):

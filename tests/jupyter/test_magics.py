@@ -334,7 +334,7 @@ def test_options_of_load_sharded_reach_the_loader(run, shell, monkeypatch):
     monkeypatch.setattr(loading, "load", lambda model, **options: seen.update(options, model=model))
     run(
         "%load_sharded 'my/model' --revision main --dtype bfloat16 --devices cuda:1 --max-memory 0=20GiB "
-        "--max-memory cpu=8GiB --offload '/tmp/my folder' --tp 2 --pp 3 --ray head:6379 --trust-remote-code"
+        "--max-memory cpu=8GiB --offload '/tmp/my folder' --tp 2 --pp 3 --ep 2 --ray head:6379 --trust-remote-code"
     )
     assert seen == {
         "model": "my/model",
@@ -346,6 +346,7 @@ def test_options_of_load_sharded_reach_the_loader(run, shell, monkeypatch):
         "quantization": None,
         "tp": 2,
         "pp": 3,
+        "ep": 2,
         "ray": "head:6379",
         "trust_remote_code": True,
     }

@@ -217,6 +217,9 @@ def test_pipeline_stages_are_cut_as_transformers_cuts_them():
         ("llama", {"context": 129}, "129 tokens is more than the 128"),
         ("llama", {"quantization": "3bit"}, "quantization '3bit' is unknown; one of 8bit, 4bit, int8, int4"),
         ("llama", {"dtype": "int8"}, "dtype 'int8' is unknown"),
+        ("llama", {"ep": 2}, "no expert-parallel plan for llama models"),
+        ("qwen3_moe", {"tp": 4, "ep": 2}, "tp=4 does not divide the 2 key-value heads"),
+        ("qwen3_moe", {"tp": 2, "ep": 4}, "ep=4 needs tp=4, got tp=2"),
         ("llama", {"tp": 2, "pp": 3}, "tp=2 and pp=3 cannot be combined yet"),
     ],
 )
