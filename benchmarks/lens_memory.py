@@ -19,10 +19,10 @@ from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
-from benchmarks.models import llama_shape, random_prompt
+from benchmarks.measuring import tensor_bytes
+from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
@@ -34,16 +34,9 @@ _SIDES = ("naive", "buffered", "nblens, one site", "nblens, three sites")
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Highest sum of bytes allocated minus bytes freed while `work` runs."""
-    work()  # warm up: buffers that live as long as the model are not part of a run
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    """`tensor_bytes` of a second call: buffers that live as long as the model are not part of a run."""
+    work()
+    return tensor_bytes(work)
 
 
 @torch.no_grad()
@@ -126,14 +119,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 512, 1024, 1500])
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
+    add_shape(parser)
     options = parser.parse_args(arguments)
     extra = {n: measure(n, options.blocks, options.width, options.vocabulary) for n in options.tokens}
     shape = f"{options.blocks} blocks, width {options.width}, vocabulary {options.vocabulary:,}"
     result = {"options": vars(options), "extra_bytes": extra}
-    print(write("lens_memory", "python -m benchmarks.lens_memory", page(extra, shape), result))
+    print(write("lens_memory", page(extra, shape), result))
     draw(extra)
 
 

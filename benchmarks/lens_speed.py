@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks.models import llama_shape, random_prompt
+from benchmarks.measuring import in_turns
+from benchmarks.models import add_shape, llama_shape, random_prompt
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
 from nblens.specs import LENS_METRICS, LensSpec, RunSpec
@@ -43,13 +43,6 @@ def loop(model: LlamaForCausalLM, ids: torch.Tensor, top_k: int, *, full: bool) 
             (logprobs[:-1] > following).sum(-1)
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Time of one call, as this process alone spent it."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def measure(
     n_tokens: int, n_blocks: int, d_model: int, vocab_size: int, dtype: torch.dtype, repeats: int, top_k: int = 5
 ) -> dict[str, float]:
@@ -68,13 +61,7 @@ def measure(
         "loop_full": lambda: loop(model, ids, top_k, full=True),
         "nblens_full": lens(LENS_METRICS),
     }
-    for work in sides.values():
-        work()  # warm up
-    times = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, work in sides.items():
-            times[name].append(processor_seconds(work))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+    seconds = {name: statistics.median(times) for name, times in in_turns(repeats, sides).items()}
     ratios = {f"ratio_{what}": seconds[f"nblens_{what}"] / seconds[f"loop_{what}"] for what in ("top_k", "full")}
     return {**seconds, **ratios}
 
@@ -84,9 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
+    add_shape(parser)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
 """Models of a given shape with random weights, for measurements that do not depend on what a model knows."""
 
+from argparse import ArgumentParser
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,3 +27,17 @@ def random_prompt(length: int, vocab_size: int) -> tuple[int, ...]:
     """Random token ids, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randint(0, vocab_size, (length,), generator=generator).tolist())
+
+
+def add_shape(parser: ArgumentParser) -> None:
+    """Options that give a model's shape."""
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+
+
+def operations(model: LlamaForCausalLM, n_tokens: int) -> tuple[int, int]:
+    """Of the matrix products over so many tokens: of the blocks, and of a lens on every block."""
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    lens = len(model.model.layers) * model.lm_head.weight.numel()
+    return 2 * n_tokens * blocks, 2 * n_tokens * lens

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,10 +34,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write(name: str, command: str, text: str, result: Mapping[str, Any]) -> Path:
+def write(name: str, text: str, result: Mapping[str, Any]) -> Path:
     """Write `results/NAME.json` and `results/NAME.md`; give the path of the latter."""
     RESULTS.mkdir(exist_ok=True)
     made_on = machine()
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
     record = {"command": command, "machine": made_on, **result}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     where = ", ".join(f"{key} {value}" for key, value in made_on.items() if value is not None)

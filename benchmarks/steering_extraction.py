@@ -11,22 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.measuring import in_turns, ratio
 from benchmarks.models import llama_shape
 from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
 from nblens.specs import EXTRACTION_METHODS, ExtractionSpec
-
-
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Time of one call, as this process alone spent it."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
 
 
 def fed_by(engine: Engine, work: Callable[[], object]) -> list[dict[str, torch.Tensor]]:
@@ -62,13 +55,11 @@ def measure(
         for batch in batches:
             engine.model.model(**batch, use_cache=False)
 
-    bare()
-    times = [(processor_seconds(bare), processor_seconds(extract)) for _ in range(repeats)]
+    times = in_turns(repeats, {"bare": bare, "extraction": extract})
     return {
         "batches": len(batches),
-        "bare": statistics.median(plain for plain, _ in times),
-        "extraction": statistics.median(ours for _, ours in times),
-        "ratio": statistics.median(ours / plain for plain, ours in times),
+        **{name: statistics.median(seconds) for name, seconds in times.items()},
+        "ratio": ratio(times["extraction"], times["bare"]),
     }
 
 

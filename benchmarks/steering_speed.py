@@ -14,39 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 
 import nblens
+from benchmarks.measuring import in_turns, ratio
 from nblens.demo import corpus
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.runtime.backend import Control
 from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec, Steer
 
 COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-
-
-def in_turns(repeats: int, *sides: Callable[[], object]) -> list[list[float]]:
-    """Processor seconds of each side in each turn."""
-    for side in sides:
-        side()
-    turns = []
-    for _ in range(repeats):
-        turn = []
-        for side in sides:
-            began = time.process_time()
-            side()
-            turn.append(time.process_time() - began)
-        turns.append(turn)
-    return turns
-
-
-def ratio(turns: list[list[float]], side: int, against: int) -> float:
-    """Median over the turns."""
-    return statistics.median(turn[side] / turn[against] for turn in turns)
 
 
 def measure(repeats: int, new_tokens: int) -> dict[str, float]:
@@ -74,13 +52,14 @@ def measure(repeats: int, new_tokens: int) -> dict[str, float]:
 
     decode = in_turns(
         repeats,
-        lambda: run(generation(COEFFICIENTS)),
-        lambda: [run(generation((c,))) for c in COEFFICIENTS],
+        {
+            "batch": lambda: run(generation(COEFFICIENTS)),
+            "each": lambda: [run(generation((c,))) for c in COEFFICIENTS],
+        },
     )
     score = in_turns(
         repeats * 3,
-        lambda: run(scoring(COEFFICIENTS)),
-        lambda: [run(scoring((c,))) for c in COEFFICIENTS],
+        {"batch": lambda: run(scoring(COEFFICIENTS)), "each": lambda: [run(scoring((c,))) for c in COEFFICIENTS]},
     )
     points = [HookPoint(session.architecture.blocks[block], edit=lambda hidden: hidden) for block in blocks]
 
@@ -90,14 +69,16 @@ def measure(repeats: int, new_tokens: int) -> dict[str, float]:
 
     overhead = in_turns(
         repeats * 3,
-        lambda: run(unsteered),
-        bare_hooks,
-        lambda: run(generation((0.01,), "0-11")),
+        {
+            "unsteered": lambda: run(unsteered),
+            "hooks": bare_hooks,
+            "steered": lambda: run(generation((0.01,), "0-11")),
+        },
     )
-    bare, steered = ratio(overhead, 1, 0) - 1, ratio(overhead, 2, 0) - 1
+    bare, steered = (ratio(overhead[side], overhead["unsteered"]) - 1 for side in ("hooks", "steered"))
     return {
-        "decode": ratio(decode, 0, 1),
-        "score": ratio(score, 0, 1),
+        "decode": ratio(decode["batch"], decode["each"]),
+        "score": ratio(score["batch"], score["each"]),
         "overhead_bare_hook": bare,
         "overhead_steering": steered,
         "points_over_bare_hook": 100 * (steered - bare),

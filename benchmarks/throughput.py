@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,11 +25,12 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
-from benchmarks.models import llama_shape, random_prompt
+from benchmarks.generating import generate
+from benchmarks.measuring import processor_seconds
+from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
-from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
-from nblens.specs import GenerationSpec, LensSpec, RunSpec
+from nblens.specs import LensSpec
 
 _SIDES = ("naive", "cached", "one pass", "deferred", "nblens", "no lens", "no cache, no lens")
 _TOP_K = 5
@@ -100,22 +100,14 @@ class Loops:
         self.model.lm_head(normed).softmax(-1).topk(_TOP_K)
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Time of one call, as this process alone spent it."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def nblens_seconds(engine: Engine, prompt: tuple[int, ...], n_new: int) -> float:
     """For one more token: a run with them, less one without."""
     lens = LensSpec(tuple(range(engine.architecture.n_blocks)), top_k=_TOP_K, metrics=())
 
-    def run(n: int) -> None:
-        generation = GenerationSpec(n, options={"min_new_tokens": n})
-        engine.run(RunSpec((prompt,), lens=lens, generation=generation), lambda event: None, Control())
+    def seconds(n: int) -> float:
+        return processor_seconds(lambda: generate(engine, prompt, n, lens=lens))
 
-    return (processor_seconds(lambda: run(n_new + 1)) - processor_seconds(lambda: run(1))) / n_new
+    return (seconds(n_new + 1) - seconds(1)) / n_new
 
 
 @torch.no_grad()
@@ -167,9 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 512, 1024, 1500])
-    parser.add_argument("--blocks", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
+    add_shape(parser)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
@@ -177,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = llama_shape(options.blocks, options.width, options.vocabulary)
     seconds = {n: measure(model, n, options.new_tokens, options.repeats) for n in options.contexts}
     result: dict[str, Any] = {"options": vars(options), "seconds_per_token": seconds}
-    print(write("throughput", "python -m benchmarks.throughput", page(seconds), result))
+    print(write("throughput", page(seconds), result))
     draw(seconds)
 
 
