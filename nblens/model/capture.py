@@ -49,10 +49,9 @@ class CaptureBuffer:
             for site, blocks in self._places.items()
         }
         self._capacity = capacity
-        self._used = 0
-        self._rows: list[int] = []
-        self._positions: list[int] = []
-        self._next_ids: list[int] = []
+        self._place: torch.Tensor | None = None
+        self._fixed = False
+        self.clear()
 
     def writer(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
         """The callable that a hook gives the site's activation to, (rows, width, d_model)."""
@@ -60,9 +59,22 @@ class CaptureBuffer:
 
         def write(hidden: torch.Tensor) -> None:
             flat = hidden.flatten(0, 1)
+            if self._fixed:
+                slot.index_copy_(0, self._place, flat)
+                return
             slot[self._used : self._used + len(flat)].copy_(flat)
 
         return write
+
+    def begin(self, rows: int, *, fixed: bool = False) -> None:
+        """Say how the coming step is written: `fixed`, a step of one column whose place a recording can look up."""
+        self._fixed = fixed
+        if not fixed:
+            return
+        device = next(iter(self._data.values())).device
+        if self._place is None:
+            self._place = torch.empty(rows, dtype=torch.long, device=device)
+        torch.arange(self._used, self._used + rows, out=self._place)
 
     def commit(self, step: Step) -> None:
         """Take note of the step whose activations have been written."""
@@ -97,10 +109,16 @@ class CaptureBuffer:
             next_ids = torch.tensor([self._next_ids[i] for i in indices])
             spans.append(RowSpan(row, self._positions[indices[0]], place, next_ids))
             offset = place.stop
-        self._used = 0
-        self._rows, self._positions, self._next_ids = [], [], []
+        self.clear()
         whole = self._architecture.whole
         return {site: whole(data[:, :offset], self._places[site]) for site, data in self._data.items()}, spans
+
+    def clear(self) -> None:
+        """Forget what was written."""
+        self._used = 0
+        self._rows: list[int] = []
+        self._positions: list[int] = []
+        self._next_ids: list[int] = []
 
     def _compact(self, order: list[int]) -> None:
         """Bring the wanted tokens to the front, a block at a time so that only one is held twice."""

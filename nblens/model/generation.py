@@ -23,7 +23,18 @@ from nblens.specs import GenerationSpec
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedModel
 
-__all__ = ["Batch", "Observer", "Step", "SteppingLoop", "cache_name", "generate_text", "new_cache", "takes"]
+__all__ = [
+    "Batch",
+    "Decoder",
+    "Observer",
+    "Step",
+    "SteppingLoop",
+    "cache_name",
+    "draw",
+    "generate_text",
+    "new_cache",
+    "takes",
+]
 
 _CACHES = ("past_key_values", "cache_params", "state")
 """what models call the memory that they go on from"""
@@ -138,6 +149,13 @@ class Observer(Protocol):
         """See a finished step; `sampled` holds the new token of every row where the step was followed by sampling."""
 
 
+class Decoder(Protocol):
+    """What feeds generated tokens, in the place of plain calls of the model."""
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor, column: int) -> torch.Tensor:
+        """Feed one more token of every row, (rows, 1); logits (rows, vocab_size)."""
+
+
 class SteppingLoop:
     """Feeds one batch; not reusable.
 
@@ -146,16 +164,28 @@ class SteppingLoop:
     """
 
     def __init__(
-        self, model: PreTrainedModel, batch: Batch, observer: Observer, *, width: int, feeding: Feeding | None = None
+        self,
+        model: PreTrainedModel,
+        batch: Batch,
+        observer: Observer,
+        *,
+        width: int,
+        feeding: Feeding | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
-        self._model, self._batch, self._observer = model, batch, observer
+        self._model, self._batch, self._observer, self._decoder = model, batch, observer, decoder
         self._width, self._feeding = max(1, width), feeding or Feeding()
         self._takes = {name for name in ("position_ids", "logits_to_keep") if takes(model, name)}
         self._cache_name = cache_name(model)
         self._first = batch.first_columns
         self._mask = batch.mask
+        self._fed, self._cache = 0, None
         self.started = False
         """whether `generate` has called back: an error after that is not about its options"""
+
+    def resume(self, cache: Cache, columns: int) -> None:
+        """Have `generate` go on from a cache that holds so many columns already, instead of transformers' own."""
+        self._cache, self._fed = cache, columns
 
     @torch.no_grad()
     def prefill(self, cache: Cache | None, part: range | None = None) -> bool:
@@ -191,8 +221,9 @@ class SteppingLoop:
             int64 (rows, width + generated): prompts and what was sampled.
         """
         self.started = True
-        self._cache = cache_params if past_key_values is None else past_key_values
-        *body, last = self._chunks()
+        if self._cache is None:
+            self._cache = cache_params if past_key_values is None else past_key_values
+        *body, last = self._chunks(range(self._fed, self._batch.width))
         for columns in body:
             if self._feed("prompt", columns, keep_logits=False) is None:
                 return input_ids
@@ -235,6 +266,8 @@ class SteppingLoop:
             return None
         ids = self._batch.input_ids if input_ids is None else input_ids
         ids = ids[:, columns.start : columns.stop]
+        if self._decoder is not None and phase == "generated":
+            return self._decoder.step(ids, self._positions(columns), columns.start)
         if self._mask.shape[1] < columns.stop:
             new = columns.stop - self._mask.shape[1]
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch.rows, new)], 1)
@@ -372,6 +405,20 @@ def _sample(scores: torch.Tensor, generators: list[torch.Generator] | None) -> t
     """One token a row, (rows,), on the CPU: the best, or drawn with the row's own generator."""
     if generators is None:
         return scores.argmax(-1).cpu()
-    probabilities = scores.softmax(-1).cpu()
+    probabilities = scores.softmax(-1)
+    if probabilities.device.type != "cpu":
+        return draw(probabilities, generators).cpu()
     drawn = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
     return torch.cat(drawn)
+
+
+def draw(probabilities: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+    """One token a row where the probabilities are, (rows, vocab_size) → (rows,).
+
+    A number from the row's generator, which counts on the CPU, is looked up among the sums of probabilities: of a
+    whole vocabulary one number travels.
+    """
+    numbers = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    sums = probabilities.double().cumsum(-1)
+    wanted = numbers.to(sums.device)[:, None] * sums[:, -1:]
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)

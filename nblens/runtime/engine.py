@@ -14,14 +14,16 @@ from nblens.lens.reader import LensReader
 from nblens.lens.translators import LOGIT, Lens
 from nblens.model.architecture import find_architecture, input_device, output_device
 from nblens.model.capture import CaptureBuffer
-from nblens.model.generation import Batch, Observer, Step, SteppingLoop, new_cache
+from nblens.model.generation import Batch, Decoder, Observer, Step, SteppingLoop, new_cache
 from nblens.model.hooks import Capture, HookPoint, Instrumentation
 from nblens.model.pipeline import find_staged_architecture
 from nblens.model.probing import find_feeding
 from nblens.model.readout import Readout
+from nblens.model.recording import Recorder, find_recorder
 from nblens.model.sites import SiteLocation, SiteMap
 from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
+from nblens.runtime.decoding import Decodings
 from nblens.runtime.extracting import Extraction
 from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
 from nblens.runtime.ranks import Ranks
@@ -59,6 +61,8 @@ class Engine:
         Needed for the generation option `stop_strings` alone.
     ranks : Ranks, optional
         The processes that share the model; None: this one alone.
+    recorder : Recorder, optional
+        What records decoding steps; None: found out.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Engine:
         pad_id: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         ranks: Ranks | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
         self.model = model
@@ -79,6 +84,7 @@ class Engine:
         self.sites = SiteMap(model, self.architecture)
         if staged:
             _ = self.sites.blocks  # found together: all stages take part in a forward pass
+        self.decodings = Decodings(model, self.architecture, self.feeding, recorder or find_recorder(model))
         self.lenses: dict[str, Lens] = {}
         """by the name that a `LensSpec` gives, on the readout's device"""
         self._pad_id = pad_id
@@ -131,6 +137,7 @@ class Engine:
             try:
                 run.execute()
             except RuntimeError as error:
+                self.decodings.forget()
                 if run.decoding and is_out_of_memory(error):
                     raise out_of_memory("generating", batch, chunk) from error
                 raise
@@ -205,9 +212,9 @@ class Engine:
         """Rows of tokens, padded, where the model takes them; `more` as in `Batch.of`."""
         return Batch.of(rows, self._pad_id, input_device(self.model), **more)
 
-    def loop(self, batch: Batch, observer: Observer, width: int) -> SteppingLoop:
+    def loop(self, batch: Batch, observer: Observer, width: int, decoder: Decoder | None = None) -> SteppingLoop:
         """The loop over one batch, in steps of `width` columns."""
-        return SteppingLoop(self.model, batch, observer, width=width, feeding=self.feeding)
+        return SteppingLoop(self.model, batch, observer, width=width, feeding=self.feeding, decoder=decoder)
 
     def readers(self, spec: RunSpec) -> list[LensReader | AttributionReader]:
         """What reads captured activations; the lens last, for it overwrites them."""

@@ -12,9 +12,11 @@ import torch
 
 from nblens.model.architecture import output_device
 from nblens.model.capture import CaptureBuffer, RowSpan
-from nblens.model.generation import Batch, Step, generate_text, new_cache
+from nblens.model.generation import Batch, Step, SteppingLoop, generate_text, new_cache
 from nblens.model.hooks import Instrumentation
 from nblens.runtime.backend import Control
+from nblens.runtime.decoding import Decoding
+from nblens.runtime.shared_prefix import feed_once, repeat_into, shared_columns
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
 from nblens.steering.bank import SteeringBank
 
@@ -43,9 +45,10 @@ class Run:
         self._decoded_tokens = decoded_tokens  # that may wait for one readout, over all rows
         self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control
         self._width = max(1, chunk // batch.rows)
-        self._bank = SteeringBank(spec.steering, batch.rows, engine.architecture.dtype)
         self._readers = engine.readers(spec)
         self._places = self._capture_places()
+        self._decoding: Decoding | None = None
+        self._bank: SteeringBank | None = None
         self._buffer: CaptureBuffer | None = None
         self._timings: dict[str, float] = defaultdict(float)
         self._n_sampled = 0
@@ -57,10 +60,10 @@ class Run:
         """Attach hooks, run, detach, and report."""
         began = time.perf_counter()
         engine, spec = self._engine, self._spec
-        self._buffer = self._new_buffer() if self._places else None
+        self._make_room()
         writer = self._buffer.writer if self._buffer else None
         with Instrumentation(engine.hook_points(self._bank, writer, self._places, self._batch.rows)):
-            loop = engine.loop(self._batch, self, self._width)
+            loop = self._new_loop()
             if spec.generation is None:
                 loop.prefill(new_cache(engine.model))
             else:
@@ -70,6 +73,28 @@ class Run:
         self._timings["total"] = time.perf_counter() - began
         self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
 
+    def _new_loop(self) -> SteppingLoop:
+        """The loop, with what all rows share of their prompts in its cache already."""
+        engine, spec, batch = self._engine, self._spec, self._batch
+        decoder = self._decoding.decoder if self._decoding else None
+        loop = engine.loop(batch, self, self._width, decoder)
+        if decoder is not None:
+            decoder.begin(batch)
+            loop.resume(decoder.cache, 0)
+        if self._places or spec.generation is None or batch.rows == 1 or len(set(spec.prompts)) > 1:
+            return loop
+        columns = shared_columns(engine.feeding, new_cache(engine.model), batch, spec.steering)
+        columns = min(columns, batch.width - 1)  # the last column's logits are each row's own
+        if columns > 0:
+            cache = feed_once(engine, engine.batch(spec.prompts[:1]), columns, self._width, self._control)
+            if decoder is None:
+                cache.batch_repeat_interleave(batch.rows)
+            else:
+                repeat_into(decoder.cache, cache, batch.rows)
+                cache = decoder.cache
+            loop.resume(cache, columns)
+        return loop
+
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
         """Apply what came in since the last step, and read out when somebody waits; False: stop."""
         if self._control.agree(due=self._somebody_waits(), sampled=self._sampled):
@@ -78,8 +103,11 @@ class Run:
             return False
         if coefficients := self._control.take_coefficients():
             self._bank.set(coefficients)
-        self._bank.begin(columns, batch)
         self.decoding = phase == "generated"
+        fixed = self.decoding and self._decoding is not None
+        self._bank.begin(columns, batch, fixed=fixed)
+        if self._buffer is not None:
+            self._buffer.begin(batch.rows, fixed=fixed)
         self._step_began = time.perf_counter()
         return True
 
@@ -155,11 +183,18 @@ class Run:
                 places[site].update(self._spec.capture.blocks)
         return {site: tuple(sorted(blocks)) for site, blocks in places.items()}
 
-    def _new_buffer(self) -> CaptureBuffer:
-        rows = self._batch.rows
-        width = min(self._width, self._batch.width)
-        if self._spec.generation:
-            window = min(_DECODE_WINDOW, self._spec.generation.max_new_tokens, self._decoded_tokens // rows)
-            width = max(width, window)
-        architecture = self._engine.architecture
-        return CaptureBuffer(architecture, self._places, rows * width, output_device(architecture))
+    def _make_room(self) -> None:
+        """Get what the steps read and write: that of an earlier run where its recorded step fits this one, too."""
+        engine, spec, rows = self._engine, self._spec, self._batch.rows
+        window = 0
+        if spec.generation:
+            window = min(_DECODE_WINDOW, spec.generation.max_new_tokens, self._decoded_tokens // rows)
+        self._decoding = engine.decodings.take(spec, self._batch, self._places, rows * max(self._width, window))
+        if self._decoding is not None:
+            self._bank, self._buffer = self._decoding.bank, self._decoding.buffer
+            return
+        self._bank = SteeringBank(spec.steering, rows, engine.architecture.dtype)
+        if self._places:
+            width = max(min(self._width, self._batch.width), window)
+            device = output_device(engine.architecture)
+            self._buffer = CaptureBuffer(engine.architecture, self._places, rows * width, device)

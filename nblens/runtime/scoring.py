@@ -18,9 +18,9 @@ from nblens.model.generation import Batch, new_cache
 from nblens.model.hooks import Instrumentation
 from nblens.runtime.backend import Control
 from nblens.runtime.memory import is_out_of_memory, out_of_memory
+from nblens.runtime.shared_prefix import feed_once, shared_columns
 from nblens.specs import Event, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
 from nblens.steering.bank import SteeringBank
-from nblens.steering.positions import first_written
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -116,22 +116,14 @@ class Scoring:
 
     def _shared(self, batch: Batch) -> tuple[int, Cache | None]:
         """Feed the columns that are the same under all settings; how many, and the cache that holds them."""
-        columns = min([int(self._first_scored(batch).min()), *(first_written(w.write, batch) for w in self._writes)])
-        cache = new_cache(self._engine.model)
-        if columns == 0 or not self._can_share(cache):
+        engine = self._engine
+        if self._spec.n_settings == 1:
             return 0, None
-        loop = self._engine.loop(batch, _Watching(self._control), max(1, self._tokens // batch.rows))
-        loop.prefill(cache, range(columns))
-        return columns, cache
-
-    def _can_share(self, cache: Cache | None) -> bool:
-        """Whether a cache that was filled with one row per text can go on with several."""
-        from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-
-        feeding = self._engine.feeding
-        if self._spec.n_settings == 1 or feeding.rows != "padded" or not feeding.stepwise or cache is None:
-            return False
-        return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+        columns = shared_columns(engine.feeding, new_cache(engine.model), batch, self._writes)
+        columns = min(columns, int(self._first_scored(batch).min()))
+        if columns == 0:
+            return 0, None
+        return columns, feed_once(engine, batch, columns, max(1, self._tokens // batch.rows), self._control)
 
     def _forward(self, batch: Batch, settings: range, shared: int, cache: Cache | None) -> torch.Tensor:
         """Feed what is left of every text under some settings, (settings, n, d_model)."""
@@ -198,7 +190,7 @@ class Scoring:
 class _Watching:
     """Observer that tells the bank which columns come, and keeps what the last block gives from one of them on."""
 
-    def __init__(self, control: Control, bank: SteeringBank | None = None, first: int = 0) -> None:
+    def __init__(self, control: Control, bank: SteeringBank, first: int) -> None:
         self._control, self._bank = control, bank
         self.first = first
         """the first column that is kept"""
@@ -208,8 +200,7 @@ class _Watching:
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
         """Say whether the pass goes on."""
         self._columns = columns
-        if self._bank is not None:
-            self._bank.begin(columns, batch)
+        self._bank.begin(columns, batch)
         self._control.agree()
         return not self._control.cancelled
 

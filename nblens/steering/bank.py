@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ Columns = bool | torch.Tensor
 class SteeringBank:
     """Applies steering vectors to the activations of a batch, with a coefficient per row.
 
-    Everything it applies sits in tensors that live as long as the run and are changed in place, so a new coefficient
-    needs no new hook. A row whose coefficient is None, or one at which the operation does nothing, is bit-identical
-    to no steering. Operations at one place are applied in the order of the writes.
+    Everything it applies sits in tensors that stay where they are and are changed in place, so a new coefficient
+    needs no new hook, and a recorded step no new recording. A row whose coefficient is None, or one at which the
+    operation does nothing, is bit-identical to no steering. Operations at one place are applied in the order of the
+    writes.
     """
 
     def __init__(
@@ -36,22 +38,32 @@ class SteeringBank:
         device: torch.device | str = "cpu",
     ) -> None:
         self._rows = rows
-        self._places: dict[tuple[str, int], list[_Sum | _Operation]] = {}
-        self._coefficients: dict[str, list[Coefficient]] = {}
-        self._columns: dict[str, Columns] = {}
-        for write in writes:
-            coefficients = _per_row(write.coefficients, rows)
-            self._coefficients[write.name] = coefficients
-            self._columns[write.write] = False
-            for block, direction in write.directions.items():
-                edits = self._places.setdefault((write.site, block), [])
-                vector = torch.as_tensor(direction, dtype=torch.float32, device=device)
-                _add_to(edits, write, vector, coefficients, dtype)
+        writes = list(writes)
+        self._edits = {
+            (site, block): [_edit_of(group, rows, len(group[0].directions[block]), dtype, device) for group in groups]
+            for (site, block), groups in _by_place(writes).items()
+        }
+        self._gates = {edit: _Gate(rows) for edits in self._edits.values() for edit in edits}
+        self.fill(writes)
+
+    def fill(self, writes: Iterable[SteeringWrite]) -> None:
+        """Take other vectors and coefficients into the same slots; `layout` must be what it was."""
+        writes, self._fixed = list(writes), False
+        self._coefficients = {write.name: _per_row(write.coefficients, self._rows) for write in writes}
+        self._columns: dict[str, Columns] = dict.fromkeys((write.write for write in writes), False)
+        for (site, block), groups in _by_place(writes).items():
+            for edit, group in zip(self._edits[site, block], groups, strict=True):
+                edit.fill(group, block)
+
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """What is done where, in order, apart from vectors and coefficients."""
+        return tuple((place, tuple((e.write, e.op) for e in edits)) for place, edits in self._edits.items())
 
     @property
     def places(self) -> list[tuple[str, int]]:
         """(site, block) pairs that are written."""
-        return list(self._places)
+        return list(self._edits)
 
     @property
     def coefficients(self) -> dict[str, list[Coefficient]]:
@@ -64,24 +76,34 @@ class SteeringBank:
             name: _per_row(value, self._rows) for name, value in coefficients.items() if name in self._coefficients
         }
         self._coefficients |= changed
-        for edit in (edit for edits in self._places.values() for edit in edits):
+        for edit in self._gates:
             edit.set(changed)
 
-    def begin(self, columns: range, batch: Batch) -> None:
-        """Find out where in the coming step each kind of position lies."""
+    def begin(self, columns: range, batch: Batch, *, fixed: bool = False) -> None:
+        """Find out where in the coming step each kind of position lies.
+
+        `fixed`: a step of one column that may be recorded, in which nothing is left out that does nothing just now.
+        """
         for write in self._columns:
             self._columns[write] = written_columns(write, columns, batch)
+        self._fixed = fixed
+        if fixed:
+            for edit, gate in self._gates.items():
+                gate.set(self._columns[edit.write] if edit.active else False)
 
     def editor(self, site: str, block: int, scale: float = 1.0) -> Callable[[torch.Tensor], torch.Tensor]:
         """The callable that a hook passes the activation through, (rows, width, d_model).
 
         The model multiplies what it returns with `scale` before it adds it to the residual stream.
         """
-        edits, all_columns = self._places[site, block], self._columns
+        edits = self._edits[site, block]
 
         def edit(hidden: torch.Tensor) -> torch.Tensor:
             for one in edits:
-                columns = all_columns[one.write]
+                if self._fixed:
+                    hidden = torch.where(self._gates[one].on(hidden.device), one.apply(hidden, scale), hidden)
+                    continue
+                columns = self._columns[one.write]
                 if columns is False or not one.active:
                     continue
                 edited = one.apply(hidden, scale)
@@ -91,23 +113,43 @@ class SteeringBank:
         return edit
 
 
+class _Gate:
+    """Whether an edit acts on each row of a step of one column: bool (rows, 1, 1) at one address."""
+
+    def __init__(self, rows: int) -> None:
+        self._open = [False] * rows
+        self._tensor = torch.zeros((rows, 1, 1), dtype=torch.bool)
+
+    def set(self, columns: Columns) -> None:
+        """Open it for the rows that are written."""
+        wanted = [columns] * len(self._open) if isinstance(columns, bool) else columns.flatten().tolist()
+        if wanted != self._open:
+            self._open = wanted
+            self._tensor.copy_(torch.tensor(wanted)[:, None, None])
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Its tensor, which moves once to where it is needed."""
+        if self._tensor.device != device:
+            self._tensor = self._tensor.to(device)
+        return self._tensor
+
+
 class _Sum:
     """Σ coefficient · direction over the writes that add at one place, per row: (rows, 1, d_model)."""
 
-    def __init__(self, write: str, rows: int, d_model: int, dtype: torch.dtype, device: torch.device) -> None:
+    op = "add"
+
+    def __init__(self, write: str, rows: int, d_model: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.write = write
         self.active = False
         """whether any coefficient differs from 0: adding zeros would change nothing"""
-        self._names: list[str] = []
-        self._coefficients: list[list[Coefficient]] = []
-        self._directions = torch.empty((0, d_model), dtype=torch.float32, device=device)
         self._value = torch.zeros((rows, 1, d_model), dtype=dtype, device=device)
 
-    def add(self, name: str, vector: torch.Tensor, coefficients: list[Coefficient]) -> None:
-        """Take in one more write."""
-        self._names.append(name)
-        self._coefficients.append(coefficients)
-        self._directions = torch.cat([self._directions, vector[None]])
+    def fill(self, group: list[SteeringWrite], block: int) -> None:
+        """Take in the writes that it stands for."""
+        self._names = [write.name for write in group]
+        self._coefficients = [_per_row(write.coefficients, len(self._value)) for write in group]
+        self._directions = torch.stack([torch.as_tensor(w.directions[block], dtype=torch.float32) for w in group])
         self._refresh()
 
     def set(self, changed: Mapping[str, list[Coefficient]]) -> None:
@@ -124,9 +166,7 @@ class _Sum:
         return hidden + (self._value if scale == 1.0 else self._value / scale)
 
     def _refresh(self) -> None:
-        weights = torch.tensor(
-            [[c or 0.0 for c in row] for row in self._coefficients], dtype=torch.float32, device=self._directions.device
-        )
+        weights = torch.tensor([[c or 0.0 for c in row] for row in self._coefficients], dtype=torch.float32)
         self._value.copy_((weights.T @ self._directions)[:, None])
         self.active = any(map(any, self._coefficients))
 
@@ -134,15 +174,21 @@ class _Sum:
 class _Operation:
     """One write whose operation depends on the activation itself."""
 
-    def __init__(self, write: SteeringWrite, vector: torch.Tensor, coefficients: list[Coefficient]) -> None:
-        self.write = write.write
+    def __init__(self, write: SteeringWrite, rows: int, d_model: int, device: torch.device | str) -> None:
+        self.write, self.op = write.write, write.op
         self.active = False
         """whether it changes any row"""
-        self._name, self._operation, self._rest = write.name, OPERATIONS[write.op], REST[write.op]
-        self._direction = Direction(vector)
-        self._strength = torch.zeros((len(coefficients), 1, 1), dtype=torch.float32, device=vector.device)
-        self._on = torch.zeros((len(coefficients), 1, 1), dtype=torch.bool, device=vector.device)
-        self._refresh(coefficients)
+        self._operation, self._rest = OPERATIONS[write.op], REST[write.op]
+        self._direction = Direction(torch.zeros(d_model, device=device))
+        self._strength = torch.zeros((rows, 1, 1), dtype=torch.float32, device=device)
+        self._on = torch.zeros((rows, 1, 1), dtype=torch.bool, device=device)
+
+    def fill(self, group: list[SteeringWrite], block: int) -> None:
+        """Take in the write that it stands for."""
+        (write,) = group
+        self._name = write.name
+        self._direction.fill(torch.as_tensor(write.directions[block], dtype=torch.float32))
+        self._refresh(_per_row(write.coefficients, len(self._on)))
 
     def set(self, changed: Mapping[str, list[Coefficient]]) -> None:
         """Change the coefficients, where its name is among them."""
@@ -164,25 +210,32 @@ class _Operation:
         self.active = any(on)
 
 
-def _add_to(
-    edits: list[_Sum | _Operation],
-    write: SteeringWrite,
-    vector: torch.Tensor,
-    coefficients: list[Coefficient],
-    dtype: torch.dtype,
-) -> None:
-    """Append a write, or take it into a sum from which no other operation parts it."""
-    if write.op != "add":
-        edits.append(_Operation(write, vector, coefficients))
-        return
-    for edit in reversed(edits):
-        if isinstance(edit, _Operation):
-            break
-        if edit.write == write.write:
-            edit.add(write.name, vector, coefficients)
-            return
-    edits.append(_Sum(write.write, len(coefficients), len(vector), dtype, vector.device))
-    edits[-1].add(write.name, vector, coefficients)
+def _by_place(writes: Iterable[SteeringWrite]) -> dict[tuple[str, int], list[list[SteeringWrite]]]:
+    """Writes at each place, in order; those that add at the same positions, with no other operation between, as one."""
+    places: dict[tuple[str, int], list[list[SteeringWrite]]] = {}
+    for write in writes:
+        for block in write.directions:
+            _join(places.setdefault((write.site, block), []), write)
+    return places
+
+
+def _join(groups: list[list[SteeringWrite]], write: SteeringWrite) -> None:
+    if write.op == "add":
+        for group in reversed(groups):
+            if group[0].op != "add":
+                break
+            if group[0].write == write.write:
+                group.append(write)
+                return
+    groups.append([write])
+
+
+def _edit_of(
+    group: list[SteeringWrite], rows: int, d_model: int, dtype: torch.dtype, device: torch.device | str
+) -> _Sum | _Operation:
+    if group[0].op == "add":
+        return _Sum(group[0].write, rows, d_model, dtype, device)
+    return _Operation(group[0], rows, d_model, device)
 
 
 def _per_row(coefficients: Coefficients, rows: int) -> list[Coefficient]:

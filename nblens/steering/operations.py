@@ -27,6 +27,12 @@ class Direction:
         self.norm = vector.norm()
         self.unit = vector / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
 
+    def fill(self, vector: torch.Tensor) -> None:
+        """Stand for another vector of the same length, in the same tensors."""
+        other = Direction(vector)
+        for name in ("vector", "norm", "unit"):
+            getattr(self, name).copy_(getattr(other, name))
+
     def to(self, device: torch.device) -> Direction:
         """The same on another device."""
         return Direction(self.vector.to(device))

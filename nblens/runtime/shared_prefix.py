@@ -1,0 +1,58 @@
+"""Columns that are the same in several rows go through the model once, and their KV cache is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from nblens.model.feeding import Feeding
+from nblens.model.generation import Batch, new_cache
+from nblens.runtime.backend import Control
+from nblens.specs import SteeringWrite
+from nblens.steering.positions import first_written
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from nblens.runtime.engine import Engine
+
+__all__ = ["feed_once", "repeat_into", "shared_columns"]
+
+
+def shared_columns(feeding: Feeding, cache: Cache | None, batch: Batch, writes: Iterable[SteeringWrite]) -> int:
+    """How many columns no vector is written at; 0 where a cache that holds them could not be repeated."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    if feeding.rows != "padded" or not feeding.stepwise or cache is None:
+        return 0
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return 0
+    return min((first_written(write.write, batch) for write in writes), default=batch.width)
+
+
+def feed_once(engine: Engine, batch: Batch, columns: int, width: int, control: Control) -> Cache | None:
+    """Feed the first columns of a batch, `width` at a time, unsteered; the cache that holds them."""
+    cache = new_cache(engine.model)
+    engine.loop(batch, _Listening(control), width).prefill(cache, range(columns))
+    return cache
+
+
+def repeat_into(static: Cache, cache: Cache, rows: int) -> None:
+    """Put what was fed once into an empty cache of fixed size, for each of its rows."""
+    for number, layer in enumerate(cache.layers):
+        keys, values = (states.repeat_interleave(rows, 0) for states in (layer.keys, layer.values))
+        static.update(keys, values, number)
+
+
+class _Listening:
+    """Observer that only looks whether the run was asked to stop."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        self._control.agree()
+        return not self._control.cancelled
+
+    def after(self, step: Any, sampled: Any) -> None:
+        pass
