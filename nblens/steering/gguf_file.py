@@ -40,7 +40,7 @@ _HINT, _COUNT = f"{_ARCHITECTURE}.model_hint", f"{_ARCHITECTURE}.layer_count"
 _VERSION, _FIELDS, _SHA256 = "nblens.version", "nblens.fields", "nblens.sha256"
 _FORMAT = 1
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
-_MOST_VALUES = 100_000
+_MOST_VALUES = 20_000
 """A control vector's header holds some tens of values, and eight for every direction."""
 
 
