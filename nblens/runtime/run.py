@@ -6,6 +6,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from nblens.model.generation import Batch, Step, SteppingLoop, generate_text, ne
 from nblens.model.hooks import Instrumentation
 from nblens.runtime.backend import Control
 from nblens.runtime.decoding import Decoding
+from nblens.runtime.readout_lane import ReadoutLane
 from nblens.runtime.shared_prefix import feed_once, repeat_into, shared_columns
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
 from nblens.steering.bank import SteeringBank
@@ -50,6 +52,7 @@ class Run:
         self._decoding: Decoding | None = None
         self._bank: SteeringBank | None = None
         self._buffer: CaptureBuffer | None = None
+        self._lane: ReadoutLane | None = None
         self._timings: dict[str, float] = defaultdict(float)
         self._n_sampled = 0
         self._sampled: Sequence[int | None] = ()
@@ -62,7 +65,8 @@ class Run:
         engine, spec = self._engine, self._spec
         self._make_room()
         writer = self._buffer.writer if self._buffer else None
-        with Instrumentation(engine.hook_points(self._bank, writer, self._places, self._batch.rows)):
+        points = engine.hook_points(self._bank, writer, self._places, self._batch.rows)
+        with Instrumentation(points), self._new_lane() as self._lane:
             loop = self._new_loop()
             if spec.generation is None:
                 loop.prefill(new_cache(engine.model))
@@ -70,6 +74,8 @@ class Run:
                 generate_text(engine.model, self._batch, loop, spec.generation, engine._pad_id, engine.tokenizer)
             self._control.agree(sampled=self._sampled)  # the last tokens too
             self._flush()
+            if self._lane is not None:
+                self._lane.wait()
         self._timings["total"] = time.perf_counter() - began
         self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
 
@@ -142,10 +148,28 @@ class Run:
         if spans:
             if self._spec.capture:
                 self._emit_activations(captured, spans)
-            for reader in self._readers:
-                reader.read(self._of_places(captured, reader.places), spans, self._emit)
+            self._read(captured, spans)
         self._last_flush = time.perf_counter()
         self._timings["readout"] += self._last_flush - began
+
+    def _read(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
+        """Read out what was captured: while decoding is recorded, beside it."""
+        if self._lane is not None:  # the buffer itself is written on
+            captured = {site: states.clone() for site, states in captured.items()}
+
+        def read() -> None:
+            for reader in self._readers:
+                reader.read(self._of_places(captured, reader.places), spans, self._emit)
+
+        if self._lane is None:
+            read()
+        else:
+            self._lane.start(read)
+
+    def _new_lane(self) -> AbstractContextManager[ReadoutLane | None]:
+        if self._decoding is None or not self._readers:
+            return nullcontext()
+        return ReadoutLane(output_device(self._engine.architecture))
 
     def _of_places(
         self, captured: dict[str, torch.Tensor], places: dict[str, tuple[int, ...]]

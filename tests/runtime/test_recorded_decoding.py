@@ -1,5 +1,7 @@
 """A decoding step that is recorded once and replayed: the same as the model step by step, and steered live."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,12 @@ from steered_runs import (
 )
 from tiny_models import prompt_ids
 
+from nblens.lens.reader import LensReader
 from nblens.model import static_decoding
 from nblens.model.generation import draw
 from nblens.model.recording import Recording, find_recorder
 from nblens.runtime.engine import Engine
-from nblens.specs import TokensSampled
+from nblens.specs import ReadoutSlice, RunFinished, TokensSampled
 
 PROMPTS = [prompt_ids(5, 1), prompt_ids(9, 2), prompt_ids(3, 3)]
 V, W = direction(0), direction(1)
@@ -165,6 +168,60 @@ def test_a_failed_run_leaves_nothing_to_the_next(recorded):
         run_engine(engine, PROMPTS, new_tokens=12, watch=fail)
     run = run_engine(engine, PROMPTS, new_tokens=12)
     assert recorder.recorded == 2
+    assert_is_plain(engine, "llama", run, lambda row: [])
+
+
+# readouts beside decoding ------------------------------------------------------------------------------------------
+
+
+def test_readouts_run_on_a_thread_of_their_own_in_order_and_before_the_run_ends(recorded, monkeypatch):
+    engine, _ = recorded
+    threads, read = [], LensReader.read
+
+    def watched(self, captured, spans, emit):
+        threads.append(threading.current_thread().name)
+        read(self, captured, spans, emit)
+
+    monkeypatch.setattr(LensReader, "read", watched)
+    run = run_engine(engine, PROMPTS[:1], new_tokens=100, chunk=64)
+    assert len(threads) == 3  # the prompt, and twice what was decoded
+    assert {name.split("_")[0] for name in threads} == {"nblens-readout"}
+    slices = [event for event in run.events if isinstance(event, ReadoutSlice)]
+    assert [event.start for event in slices] == [0, 5, 69]
+    assert isinstance(run.events[-1], RunFinished)
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("nblens-readout")] == []
+
+
+def test_decoding_goes_on_while_a_readout_runs(recorded, monkeypatch):
+    engine, _ = recorded
+    sampled_meanwhile, read = threading.Event(), LensReader.read
+
+    def slow(self, captured, spans, emit):
+        if spans[0].start > 0 and len(spans[0].next_ids) == 64:
+            assert sampled_meanwhile.wait(20)
+        read(self, captured, spans, emit)
+
+    def watch(event, control):
+        if isinstance(event, TokensSampled) and event.step == 66:
+            sampled_meanwhile.set()
+
+    monkeypatch.setattr(LensReader, "read", slow)
+    run = run_engine(engine, PROMPTS[:1], new_tokens=70, chunk=64, watch=watch)
+    fed = [*PROMPTS[0], *run.sampled[0][:-1]]
+    assert_equals_plain(run, 0, plain_pass(engine.model, "llama", fed, 5), 1e-3)
+
+
+def test_an_error_of_a_readout_is_the_runs_and_the_next_one_works(recorded, monkeypatch):
+    engine, _ = recorded
+
+    def broken(self, captured, spans, emit):
+        raise RuntimeError("readout broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LensReader, "read", broken)
+        with pytest.raises(RuntimeError, match="readout broke"):
+            run_engine(engine, PROMPTS, new_tokens=5)
+    run = run_engine(engine, PROMPTS, new_tokens=5)
     assert_is_plain(engine, "llama", run, lambda row: [])
 
 
