@@ -70,8 +70,6 @@ class Decodings:
         shape = (batch.rows, length, capacity, tuple(places.items()), bank.layout, weights)
         if self._kept is not None and self._kept.shape == shape:
             self._kept.bank.fill(spec.steering)
-            if self._kept.buffer is not None:
-                self._kept.buffer.clear()  # of a run that ended early
             return self._kept
         self._kept = None  # before the next one takes its memory
         buffer = None

@@ -171,6 +171,16 @@ def test_a_failed_run_leaves_nothing_to_the_next(recorded):
     assert_is_plain(engine, "llama", run, lambda row: [])
 
 
+def test_columns_that_are_still_to_come_are_masked(recorded):
+    """transformers leaves the mask away where it holds ones alone, and would look at what is not there yet."""
+    engine, _ = recorded
+    run_engine(engine, PROMPTS, new_tokens=20)
+    decoder = engine.decodings._kept.decoder
+    assert decoder._mask.sum(-1).tolist() == [5 + 19, 9 + 19, 3 + 19]
+    decoder.begin(engine.batch(PROMPTS))
+    assert decoder._mask.sum(-1).tolist() == [5, 9, 3]
+
+
 # readouts beside decoding ------------------------------------------------------------------------------------------
 
 
@@ -300,6 +310,12 @@ def test_tokens_are_drawn_by_their_probabilities():
         counts = np.bincount(drawn[:, row], minlength=4)
         assert counts[expected == 0].sum() == 0
         assert abs(counts / 4000 - expected).max() < 0.025  # three standard deviations
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.25, 3), (1.0 - 2**-53, 3)])
+def test_a_token_without_probability_is_not_drawn_at_the_ends_either(number, token, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.tensor([number], dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]), [torch.Generator()]).tolist() == [token]
 
 
 def test_a_row_draws_from_its_own_generator():

@@ -136,3 +136,32 @@ def test_what_is_added_has_the_models_dtype():
 def test_an_empty_bank_has_no_place():
     assert bank_of().places == []
     bank_of().set({"v": 1.0})
+
+
+def test_a_step_that_may_be_recorded_leaves_rows_without_a_coefficient_to_the_bit():
+    bank = bank_of(("v", "resid_post", {0: V}, (0.0, 0.0, 0.0)))
+    bank.begin(range(5, 6), BATCH, fixed=True)
+    zeros = torch.full((3, 1, D), -0.0)
+    assert bank.editor("resid_post", 0)(zeros).signbit().all()
+    bank.set({"v": (1.0, 0.0, 0.0)})
+    bank.begin(range(6, 7), BATCH, fixed=True)
+    assert torch.equal(bank.editor("resid_post", 0)(zeros), expected((1.0, 0.0, 0.0), width=1))
+
+
+def test_other_vectors_take_the_same_slots():
+    bank = bank_of(
+        ("v", "resid_post", {0: V}, (1.0, 2.0, 3.0)), ("r", "resid_post", {0: W}, (0.0, 1.0, 0.0), "all", "rotate")
+    )
+    editor, layout = bank.editor("resid_post", 0), bank.layout
+    others = (
+        SteeringWrite("a", "resid_post", {0: W}, (0.5, 0.5, 0.0)),
+        SteeringWrite("b", "resid_post", {0: V}, (None, None, 2.0), "all", "rotate"),
+    )
+    bank.fill(others)
+    assert bank.layout == layout
+    assert bank.coefficients == {"a": [0.5, 0.5, 0.0], "b": [None, None, 2.0]}
+    hidden = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))
+    bank.begin(range(5), BATCH)
+    fresh = SteeringBank(others, 3, torch.float32)
+    fresh.begin(range(5), BATCH)
+    assert torch.equal(editor(hidden), fresh.editor("resid_post", 0)(hidden))
