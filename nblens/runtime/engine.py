@@ -85,6 +85,8 @@ class Engine:
         if staged:
             _ = self.sites.blocks  # found together: all stages take part in a forward pass
         self.decodings = Decodings(model, self.architecture, self.feeding, recorder or find_recorder(model))
+        self.overlaps = self.ranks.alone and output_device(self.architecture).type == "cuda"
+        """whether a readout runs beside what comes next; ranks that read out together must do so in step"""
         self.lenses: dict[str, Lens] = {}
         """by the name that a `LensSpec` gives, on the readout's device"""
         self._pad_id = pad_id

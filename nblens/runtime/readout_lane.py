@@ -1,7 +1,8 @@
-"""`ReadoutLane`: readouts that run beside the decoding which goes on, on a thread and a CUDA stream of their own.
+"""`ReadoutLane`: readouts that run beside the steps which go on, on a thread and a CUDA stream of their own.
 
-A readout is large matrix products, a decoding step reads weights: on a GPU the two share it well. What is read comes
-to the CPU by copies that only this lane's thread waits for.
+A readout is large matrix products, a decoding step reads weights: on a GPU the two share it well. Where blocks lie on
+several devices, the first ones take up the next step of a prompt while the last one reads out. What is read comes to
+the CPU by copies that only this lane's thread waits for.
 """
 
 from __future__ import annotations

@@ -109,6 +109,8 @@ class Run:
             return False
         if coefficients := self._control.take_coefficients():
             self._bank.set(coefficients)
+        if self._lane is not None and not self.decoding and phase == "generated":
+            self._lane.wait()  # memory that ran out until here asks for smaller steps
         self.decoding = phase == "generated"
         fixed = self.decoding and self._decoding is not None
         self._bank.begin(columns, batch, fixed=fixed)
@@ -153,7 +155,7 @@ class Run:
         self._timings["readout"] += self._last_flush - began
 
     def _read(self, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]) -> None:
-        """Read out what was captured: while decoding is recorded, beside it."""
+        """Read out what was captured, beside the steps that come where a device takes both."""
         if self._lane is not None:  # the buffer itself is written on
             captured = {site: states.clone() for site, states in captured.items()}
 
@@ -167,7 +169,7 @@ class Run:
             self._lane.start(read)
 
     def _new_lane(self) -> AbstractContextManager[ReadoutLane | None]:
-        if self._decoding is None or not self._readers:
+        if not self._readers or not (self._engine.overlaps or self._decoding):
             return nullcontext()
         return ReadoutLane(output_device(self._engine.architecture))
 

@@ -26,7 +26,7 @@ from nblens.model import static_decoding
 from nblens.model.generation import draw
 from nblens.model.recording import Recording, find_recorder
 from nblens.runtime.engine import Engine
-from nblens.specs import ReadoutSlice, RunFinished, TokensSampled
+from nblens.specs import ActivationSlice, ReadoutSlice, RunFinished, TokensSampled
 
 PROMPTS = [prompt_ids(5, 1), prompt_ids(9, 2), prompt_ids(3, 3)]
 V, W = direction(0), direction(1)
@@ -219,6 +219,44 @@ def test_decoding_goes_on_while_a_readout_runs(recorded, monkeypatch):
     run = run_engine(engine, PROMPTS[:1], new_tokens=70, chunk=64, watch=watch)
     fed = [*PROMPTS[0], *run.sampled[0][:-1]]
     assert_equals_plain(run, 0, plain_pass(engine.model, "llama", fed, 5), 1e-3)
+
+
+def test_a_prompts_steps_go_on_while_readouts_run(monkeypatch):
+    engine = Engine(endless_model("llama"), PAD)
+    engine.overlaps = True
+    next_step, read, prompt = threading.Event(), LensReader.read, prompt_ids(12, 1)
+
+    def slow(self, captured, spans, emit):
+        if spans[0].start == 0:
+            assert next_step.wait(20)
+        read(self, captured, spans, emit)
+
+    def watch(event, control):
+        if isinstance(event, ActivationSlice) and event.start == 4:
+            next_step.set()
+
+    monkeypatch.setattr(LensReader, "read", slow)
+    run = run_engine(engine, [prompt], new_tokens=4, chunk=4, watch=watch)
+    fed = [*prompt, *run.sampled[0][:-1]]
+    assert_equals_plain(run, 0, plain_pass(engine.model, "llama", fed, 12))
+
+
+def test_memory_that_runs_out_in_a_prompts_readout_halves_its_steps(monkeypatch):
+    engine = Engine(endless_model("llama"), PAD)
+    engine.overlaps = True
+    read, prompt, sizes = LensReader.read, prompt_ids(12, 1), []
+
+    def scarce(self, captured, spans, emit):
+        sizes.append(len(spans[0].next_ids))
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        read(self, captured, spans, emit)
+
+    monkeypatch.setattr(LensReader, "read", scarce)
+    run = run_engine(engine, [prompt], new_tokens=4, chunk=12)
+    assert sizes == [12, 6, 3, 3, 3, 3, 3]
+    monkeypatch.undo()
+    assert run.sampled[0][-4:] == run_engine(engine_of("llama"), [prompt], new_tokens=4).sampled[0]
 
 
 def test_an_error_of_a_readout_is_the_runs_and_the_next_one_works(recorded, monkeypatch):
