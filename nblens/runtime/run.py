@@ -81,25 +81,37 @@ class Run:
 
     def _new_loop(self) -> SteppingLoop:
         """The loop, with what all rows share of their prompts in its cache already."""
-        engine, spec, batch = self._engine, self._spec, self._batch
         decoder = self._decoding.decoder if self._decoding else None
-        loop = engine.loop(batch, self, self._width, decoder)
+        loop = self._engine.loop(self._batch, self, self._width, decoder)
         if decoder is not None:
-            decoder.begin(batch)
+            decoder.begin(self._batch)
             loop.resume(decoder.cache, 0)
-        if self._places or spec.generation is None or batch.rows == 1 or len(set(spec.prompts)) > 1:
-            return loop
-        columns = shared_columns(engine.feeding, new_cache(engine.model), batch, spec.steering)
-        columns = min(columns, batch.width - 1)  # the last column's logits are each row's own
-        if columns > 0:
-            cache = feed_once(engine, engine.batch(spec.prompts[:1]), columns, self._width, self._control)
-            if decoder is None:
-                cache.batch_repeat_interleave(batch.rows)
-            else:
-                repeat_into(decoder.cache, cache, batch.rows)
-                cache = decoder.cache
-            loop.resume(cache, columns)
+        if columns := self._shared_columns():
+            self._feed_shared(loop, columns)
         return loop
+
+    def _shared_columns(self) -> int:
+        """How many columns are the same in all rows, and read in none."""
+        engine, spec, batch = self._engine, self._spec, self._batch
+        if self._places or spec.generation is None or batch.rows == 1 or len(set(spec.prompts)) > 1:
+            return 0
+        columns = shared_columns(engine.feeding, new_cache(engine.model), batch, spec.steering)
+        return min(columns, batch.width - 1)  # the last column's logits are each row's own
+
+    def _feed_shared(self, loop: SteppingLoop, columns: int) -> None:
+        began, rows = time.perf_counter(), self._batch.rows
+        single = self._engine.batch(self._spec.prompts[:1])
+        cache = feed_once(self._engine, single, columns, self._width, self._control)
+        if self._control.cancelled:
+            return
+        if self._decoding is None:
+            cache.batch_repeat_interleave(rows)
+            loop.resume(cache, columns)
+        else:
+            repeat_into(self._decoding.decoder.cache, cache, rows)
+            loop.resume(self._decoding.decoder.cache, columns)
+        self._timings["prefill"] += time.perf_counter() - began
+        self._timings["forward_tokens"] += columns
 
     def before(self, phase: str, columns: range, batch: Batch) -> bool:
         """Apply what came in since the last step, and read out when somebody waits; False: stop."""

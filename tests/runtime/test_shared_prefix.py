@@ -76,8 +76,9 @@ def test_each_row_is_fed_where_it_is_read_or_differs(prompts, asked):
     assert {rows for rows, _ in shapes} == {len(prompts)}
 
 
-def test_a_run_that_is_stopped_while_the_shared_prompt_is_fed_samples_nothing():
-    engine = Engine(endless_model("llama"), PAD)
+@pytest.mark.parametrize("recorder", [None, OperationRecorder()], ids=["grown", "fixed"])
+def test_a_run_that_is_stopped_while_the_shared_prompt_is_fed_samples_nothing(recorder):
+    engine = Engine(endless_model("llama"), PAD, recorder=recorder)
     control = Control()
     control.cancel()
     events = []
