@@ -154,9 +154,9 @@ def test_an_adjusted_strength_acts_from_the_very_next_token(demo, runner, report
     fed = []
     begin = SteeringBank.begin
 
-    def recorded(self, columns, batch):
+    def recorded(self, columns, batch, **more):
         fed.append(self.coefficients.get("cheerful:add:all:None"))
-        begin(self, columns, batch)
+        begin(self, columns, batch, **more)
 
     monkeypatch.setattr(SteeringBank, "begin", recorded)
     step_by_step(monkeypatch, lambda step: step == 5 and runner.adjust(asked(-1.5)))
