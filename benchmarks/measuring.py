@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["in_turns", "processor_seconds", "ratio", "tensor_bytes"]
+__all__ = ["gpu_seconds", "in_turns", "processor_seconds", "ratio", "tensor_bytes"]
 
 
 def processor_seconds(work: Callable[[], object]) -> float:
@@ -18,11 +19,25 @@ def processor_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def in_turns(repeats: int, sides: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Processor seconds of each side, one after the other in every turn; before that each runs once to warm up."""
+def gpu_seconds(work: Callable[[], object]) -> float:
+    """Time of one call on the current CUDA device, between events in its stream."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    work()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000
+
+
+def in_turns(
+    repeats: int,
+    sides: Mapping[str, Callable[[], object]],
+    seconds: Callable[[Callable[[], object]], float] = processor_seconds,
+) -> dict[str, list[float]]:
+    """Seconds of each side, one after the other in every turn; before that each runs once to warm up."""
     for work in sides.values():
         work()
-    turns = [{name: processor_seconds(work) for name, work in sides.items()} for _ in range(repeats)]
+    turns = [{name: seconds(work) for name, work in sides.items()} for _ in range(repeats)]
     return {name: [turn[name] for turn in turns] for name in sides}
 
 

@@ -17,6 +17,12 @@ from nblens.lens.trajectory import Trajectory
 from nblens.specs import Event, RunSpec
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch on one thread: tiny matrices lose time on more."""

@@ -58,7 +58,9 @@ def test_every_package_that_nblens_imports_is_a_dependency():
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
     distributions = packages_distributions()
-    declared = {canonicalize_name(requirement.name) for requirement in requirements("cluster", "gguf", "quantization")}
+    declared = {
+        canonicalize_name(requirement.name) for requirement in requirements("cluster", "fused", "gguf", "quantization")
+    }
     undeclared = {
         name
         for name in imported - set(sys.stdlib_module_names) - {"nblens"}

@@ -68,7 +68,7 @@ class OnlineSoftmax:
         self._spread = filled(rows, 0)
         self._cross = filled(rows, 0)
         self._final_shrink = filled(rows[1:], 0)
-        self._top_values = filled((*rows, top_k), 0)
+        self._top_values = filled((*rows, top_k), -torch.inf)
         self._top_ids = filled((*rows, top_k), 0, torch.long)
         self._found = filled(many, -torch.inf)
         self._above = filled(many, 0, torch.long)
@@ -171,7 +171,7 @@ class OnlineSoftmax:
         top_k : int
             How many of the largest to keep of all; a part may have had fewer columns.
         """
-        parts = [self._unpacked(part, top_k) for part in gather(self._packed(top_k))]
+        parts = [self.named(part, top_k) for part in gather(self._packed(top_k))]
         maxima = torch.stack([part["max"] for part in parts])
         self._max = maxima.amax(0)
         shrinks = (maxima - self._max).clamp_(min=_FLOOR)
@@ -205,7 +205,20 @@ class OnlineSoftmax:
             columns.append(self._above.int().view(torch.float32))
         return torch.cat(columns, -1)
 
-    def _unpacked(self, packed: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
+    def empty_parts(self, n_parts: int, top_k: int) -> torch.Tensor:
+        """Memory for the numbers of further parts, to be filled by their names and merged."""
+        shape = (n_parts, *self._max.shape, sum(self._widths(top_k).values()))
+        return torch.empty(shape, dtype=torch.float32, device=self._max.device)
+
+    def named(self, numbers: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
+        """Views of what `_packed` put together, (…, width): (…,) each, or (…, k), (…, n_wanted); integers int32."""
+        widths = self._widths(top_k)
+        named = dict(zip(widths, numbers.split(list(widths.values()), -1), strict=True))
+        for name in named.keys() & {"top_ids", "above"}:
+            named[name] = named[name].view(torch.int32)
+        return {name: values.squeeze(-1) if name in _SCALARS else values for name, values in named.items()}
+
+    def _widths(self, top_k: int) -> dict[str, int]:
         n_wanted = self._wanted.shape[1]
         widths = {"top_values": top_k, "top_ids": top_k, "max": 1, "total": 1, "found": n_wanted}
         if self.needs_scratch:
@@ -214,11 +227,7 @@ class OnlineSoftmax:
             widths["cross"] = 1
         if self._thresholds is not None:
             widths["above"] = n_wanted
-        part = dict(zip(widths, packed.split(list(widths.values()), -1), strict=True))
-        for name in ("top_ids", "above"):
-            if name in part:
-                part[name] = part[name].contiguous().view(torch.int32)
-        return {name: part[name].squeeze(-1) if name in _SCALARS else part[name] for name in part}
+        return widths
 
     @property
     def top(self) -> tuple[torch.Tensor, torch.Tensor]:

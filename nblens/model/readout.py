@@ -8,14 +8,16 @@ length. Where the lm_head is cut along the vocabulary, each rank walks its own r
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nblens.errors import UnsupportedModelError
+from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import Architecture, logit_tolerance, output_device
+from nblens.model.fused_readout import FusedReadout, can_read, runs_fast
 from nblens.model.online_softmax import OnlineSoftmax
 from nblens.model.vocabulary import VocabularyShard, find_shard
 
@@ -46,6 +48,8 @@ class ReadoutResult:
     """(n_slots, n, …): what the lm_head was given; valid as long as the caller leaves its buffer alone"""
     normaliser: torch.Tensor
     """(n_slots, n): log-sum-exp of the logits"""
+    kernels: FusedReadout | None
+    """what read it; None: by tiles"""
 
 
 class Readout:
@@ -59,6 +63,9 @@ class Readout:
         Size of a tile of logits, and how many vocabulary entries it spans.
     shard : VocabularyShard, optional
         The part of the lm_head to read, with others who read the rest. None: found out.
+    fused : bool, optional
+        Read by the kernels of `fused_readout`. None: where they are made for the device, and agree with this one at
+        `prove`. What they cannot do is read by tiles.
     """
 
     def __init__(
@@ -68,8 +75,10 @@ class Readout:
         tile_elements: int = TILE_ELEMENTS,
         tile_columns: int = _TILE_COLUMNS,
         shard: VocabularyShard | None = None,
+        fused: bool | None = None,
     ) -> None:
         self._architecture = architecture
+        self._fused = fused
         self._shard = shard or find_shard(architecture.lm_head)
         self._head = _Head(architecture, tile_elements, self._shard)
         self._tile_elements, self._tile_columns = tile_elements, tile_columns
@@ -103,7 +112,28 @@ class Readout:
                 f"{architecture.family}: its {architecture.lm_head_path} differs from a product with its weight by "
                 f"{error:.3g} (allowed {tolerance:.3g})"
             )
+        self._prove_kernels(normed.view(2, -1, normed.shape[-1]), tolerance)
         return error
+
+    def _prove_kernels(self, normed: torch.Tensor, tolerance: float) -> None:
+        """Read by tiles from now on where the kernels fail on this device, unless they were asked for."""
+        kernels = self._kernels(normed, 1, 1, None)
+        if kernels is None:
+            return
+        try:
+            error = kernels.error(normed)
+        except Exception as failure:  # of a compiler and a driver: they have no common error
+            if self._fused:
+                raise
+            reason = first_line(failure)
+        else:
+            if error <= tolerance:
+                return
+            reason = f"they differ from float64 sums by {error:.3g} (allowed {tolerance:.3g})"
+            if self._fused:
+                raise UnsupportedModelError(f"{self._architecture.family}: the fused kernels fail: {reason}")
+        warnings.warn(f"the lens reads without its fused kernels, and slower: {reason}", RuntimeWarning, stacklevel=3)
+        self._fused = False
 
     @torch.no_grad()
     def read(
@@ -136,22 +166,31 @@ class Readout:
         vocab_size = self._architecture.vocab_size
         if wanted is None:
             wanted = torch.empty((n, 0), dtype=torch.long, device=normed.device)
-        thresholds = self._head.pick(normed, wanted.clamp(min=0)) if ranks and wanted.numel() else None
+        counted = ranks and wanted.numel() > 0
         columns_here = self._head.columns
+        top_k_here = min(top_k, len(columns_here))
+        kernels = self._kernels(normed, top_k_here, wanted.shape[1] if counted else 0, final)
+        thresholds = self._head.pick(normed, wanted.clamp(min=0), kernels) if counted else None
         stats = OnlineSoftmax(
             n_slots,
-            min(top_k, len(columns_here)),
+            top_k_here,
             wanted,
             thresholds=thresholds,
             entropy=entropy,
             final=final,
             first=columns_here.start,
         )
-        # top-k alone needs one buffer of the three: it may be larger, which makes fewer and better products
-        larger = 1 if stats.needs_scratch else 2
-        tiles = _Tiles(normed, self._head, stats, final, larger * self._tile_elements)
-        for columns in self._tile_spans(larger * self._tile_columns):
-            tiles.read(columns.start, columns.stop)
+        if kernels is not None:
+            found = thresholds
+            if wanted.numel() and not counted:
+                found = self._head.pick_here(normed, wanted.clamp(min=0), kernels)
+            kernels.read(stats, normed, top_k_here, wanted=wanted, thresholds=thresholds, found=found, final=final)
+        else:
+            # top-k alone needs one buffer of the three: it may be larger, which makes fewer and better products
+            larger = 1 if stats.needs_scratch else 2
+            tiles = _Tiles(normed, self._head, stats, final, larger * self._tile_elements)
+            for columns in self._tile_spans(larger * self._tile_columns):
+                tiles.read(columns.start, columns.stop)
         if self._shard is not None:
             stats.merge(self._shard.gather, min(top_k, vocab_size))
         top_ids, top_logprobs = stats.top
@@ -165,6 +204,7 @@ class Readout:
             wanted_ranks=wanted_ranks,
             normed=normed,
             normaliser=stats.normaliser,
+            kernels=kernels,
         )
 
     @torch.no_grad()
@@ -181,8 +221,18 @@ class Readout:
         torch.Tensor
             float32 (n_slots, n, m), nats; NaN where there is no id.
         """
-        logits = self._head.pick(result.normed, ids.clamp(min=0))
+        logits = self._head.pick(result.normed, ids.clamp(min=0), result.kernels)
         return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
+
+    def _kernels(self, normed: torch.Tensor, top_k: int, n_counted: int, final: int | None) -> FusedReadout | None:
+        """What reads such a request in one kernel; None: to be read by tiles."""
+        if self._fused is False or not self._head.sliceable:
+            return None
+        weight, bias = self._head.held
+        if (self._fused is None and not runs_fast(weight)) or not can_read(normed, weight, top_k, n_counted):
+            return None
+        first = self._head.columns.start
+        return FusedReadout.of(normed, weight, bias, self._architecture.transform, first=first, final=final)
 
     def _tile_spans(self, columns: int) -> list[slice]:
         here = self._head.columns
@@ -284,33 +334,45 @@ class _Head:
             torch.addmm(bias, normed, weight.T, out=out)
         return self._transform.apply_(out)
 
-    def pick(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def pick(self, normed: torch.Tensor, ids: torch.Tensor, kernels: FusedReadout | None) -> torch.Tensor:
         """Float32 logits of chosen ids per row, (n_slots, n, d), (n, m) → (n_slots, n, m).
 
-        By the same product as `tile`, not by a dot product per row: in half precision the two round differently.
+        By the same product as `tile` or the kernels, not by a dot product per row: the two round differently.
         """
-        if self._shard is None:
-            return self._pick_here(normed, ids)
-        here, rows = self._shard.inside(ids)
-        logits = normed.new_full((len(normed), *ids.shape), -torch.inf, dtype=torch.float32)
-        if here.any():
-            logits = self._pick_here(normed, rows).masked_fill(~here, -torch.inf)
-        return torch.stack(self._shard.gather(logits)).amax(0)
+        logits = self.pick_here(normed, ids, kernels)
+        return logits if self._shard is None else torch.stack(self._shard.gather(logits)).amax(0)
 
-    def _pick_here(self, normed: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        columns, place = ids.unique(return_inverse=True)
+    def pick_here(self, normed: torch.Tensor, ids: torch.Tensor, kernels: FusedReadout | None) -> torch.Tensor:
+        """As `pick`; -inf for ids whose weights are elsewhere."""
+        if self._shard is None:
+            return self._picked(normed, ids, kernels)
+        here, rows = self._shard.inside(ids)
+        if not here.any():
+            return normed.new_full((len(normed), *ids.shape), -torch.inf, dtype=torch.float32)
+        return self._picked(normed, rows, kernels).masked_fill(~here, -torch.inf)
+
+    def _picked(self, normed: torch.Tensor, rows: torch.Tensor, kernels: FusedReadout | None) -> torch.Tensor:
+        columns, place = rows.unique(return_inverse=True)
         if not self.sliceable:
             parts = normed.flatten(0, 1).split(self._whole_rows)
             logits = torch.cat([self._all(part)[:, columns] for part in parts]).unflatten(0, normed.shape[:2])
             return logits.gather(-1, place.expand(len(normed), -1, -1))
+        if kernels is not None:
+            return torch.stack([kernels.logits(slot, columns).gather(-1, place) for slot in normed])
         weight, bias = self._rows(columns)
         logits = [self._transform.apply_(F.linear(slot, weight, bias).float()).gather(-1, place) for slot in normed]
         return torch.stack(logits)
 
     def _rows(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights and biases of some of the rows that are here."""
+        weight, bias = self.held
+        return weight[rows], None if bias is None else bias[rows]
+
+    @property
+    def held(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a head that is `sliceable`."""
         held = self._module if self._shard is None else self._shard
-        return held.weight[rows], None if held.bias is None else held.bias[rows]
+        return held.weight, held.bias
 
     def _all(self, normed: torch.Tensor) -> torch.Tensor:
         return self._transform.apply_(self._module(normed).float())

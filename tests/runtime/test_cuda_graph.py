@@ -13,7 +13,7 @@ from nblens.runtime.backend import Control
 from nblens.runtime.engine import Engine
 from nblens.specs import GenerationSpec, LensSpec, ReadoutSlice, RunSpec, SteeringWrite, TokensSampled
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 N_BLOCKS, VOCAB_SIZE, NEW = 8, 4096, 96
