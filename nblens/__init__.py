@@ -1,8 +1,9 @@
 """nblens: a large language model made visible and steerable from a notebook.
 
 >>> import nblens
->>> session = nblens.load()                                   # the built-in model
->>> session.lens("The capital of France is").plot()           # doctest: +SKIP
+>>> session = nblens.load()  # the built-in model
+>>> session.lens("The capital of France is").top()[0][0]
+' Paris'
 
 In Jupyter: ``%load_ext nblens``, then ``%load_sharded``, ``%%lens``, ``%steer``, ``%%generate``.
 """

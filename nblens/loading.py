@@ -55,9 +55,11 @@ def load(
 ) -> Session:
     """Load a causal LM and make it the session-wide model.
 
-    >>> session = nblens.load()                                     # the built-in model
-    >>> session = nblens.load("meta-llama/Llama-3.1-8B")            # doctest: +SKIP
-    >>> session = nblens.load("meta-llama/Llama-3.1-70B", tp=8)     # doctest: +SKIP
+    >>> session = nblens.load()  # the built-in model
+    >>> session
+    Session(nblens-demo, 12 blocks × 192, float32 on cpu)
+    >>> session = nblens.load("meta-llama/Llama-3.1-8B")  # doctest: +SKIP
+    >>> session = nblens.load("meta-llama/Llama-3.1-70B", tp=8)  # doctest: +SKIP
 
     The configuration and the tokenizer are read first, and what goes where is planned; only when all is sound and
     fits is the model that was loaded before freed.
@@ -149,10 +151,24 @@ def load(
 def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:
     """Make a model that is already in memory the session-wide one.
 
-    >>> session = nblens.attach(hf_model, tokenizer)     # doctest: +SKIP
+    >>> session = nblens.attach(hf_model, tokenizer)
+    >>> session.model is hf_model
+    True
 
     The model stays the caller's: it is put in evaluation mode and otherwise unchanged; hooks exist only while a
     request runs.
+
+    Parameters
+    ----------
+    hf_model : transformers.PreTrainedModel
+        A causal language model, wherever it is.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Its tokenizer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The model's parts could not be found, or its readout is not the model's own.
     """
     name = hf_model.config.name_or_path or type(hf_model).__name__
     return _adopt(hf_model.eval(), tokenizer, name=name, began=time.perf_counter())
@@ -160,6 +176,9 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
 
 def current() -> Session:
     """The session-wide model.
+
+    >>> nblens.current() is session
+    True
 
     Raises
     ------

@@ -318,7 +318,7 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
     if isinstance(spec, bool) or not isinstance(spec, (Integral, Iterable)):
         raise UserError(f"positions must be indices, a slice or a name, got {spec!r}")
     indices = [spec] if isinstance(spec, Integral) else list(spec)
-    if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= i < len(fed)]:
+    if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= int(i) < len(fed)]:
         raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
     return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
 

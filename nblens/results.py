@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,14 @@ __all__ = ["Generation", "RunResult", "Sweep"]
 
 @dataclass(frozen=True, repr=False)
 class Generation:
-    """Generated text."""
+    """Generated text.
+
+    >>> out = session.generate("The capital of France is", 3, lens={"layers": "::4"})
+    >>> out.text, len(out.token_ids)
+    (' Paris. The', 3)
+    >>> out.trajectory.n_layers
+    3
+    """
 
     text: str
     """the new tokens only"""
@@ -60,6 +67,10 @@ class Generation:
 class Sweep(list[Generation]):
     """One text per coefficient of a vector, in the order given, with what each did to a pair of answers.
 
+    >>> sweep = session.sweep("The summer was", "cheerful", [-1, 1], 2)
+    >>> sweep.coefficients, sweep[0].text
+    ((-1.0, 1.0), ' dreary.')
+
     Parameters
     ----------
     generations : iterable of Generation
@@ -90,7 +101,7 @@ class Sweep(list[Generation]):
         """A row for each coefficient: its text, and its propensity where answers were given."""
         import pandas as pd
 
-        columns = {"coefficient": self.coefficients, "text": [generation.text for generation in self]}
+        columns: dict[str, Any] = {"coefficient": self.coefficients, "text": [generation.text for generation in self]}
         if self.propensities is not None:
             columns["propensity"] = self.propensities
         return pd.DataFrame(columns)

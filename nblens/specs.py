@@ -94,7 +94,7 @@ LENS_KINDS = ("tuned", "jacobian")
 class Steer:
     """One steering vector at work: which, how strongly, where.
 
-    >>> Steer("cheerful", 1.5)
+    >>> nblens.Steer("cheerful", 1.5)
     Steer(name='cheerful', coefficient=1.5, layers=None, write='all', op='add')
 
     Parameters
@@ -455,3 +455,10 @@ Event = (
 
 FINISHED = (RunFinished, ExtractionFinished, FitFinished)
 """Events that are the last of their request."""
+
+
+def finished(events: Sequence[Event]) -> RunFinished | ExtractionFinished | FitFinished:
+    """The last event of a request that has ended."""
+    last = events[-1]
+    assert isinstance(last, FINISHED)
+    return last

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +210,7 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight /= math.sqrt(2 * recipe.n_layers)
+                weight.div_(math.sqrt(2 * recipe.n_layers))
     return model
 
 
@@ -272,7 +273,8 @@ def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float =
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     tokenizer = build_tokenizer()
-    model = build_model(recipe, tokenizer).to(device)
+    model: Any = build_model(recipe, tokenizer)
+    model.to(device)
     optimizer = build_optimizer(model, recipe)
     weights = TokenWeights(tokenizer, recipe.answer_weight, device)
     first = _load_checkpoint(checkpoint, model, optimizer, recipe)

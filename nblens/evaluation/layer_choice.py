@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from nblens.errors import UserError
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.scorer import Scorer
@@ -92,7 +94,7 @@ def choose_layer(
     """
     doses = [Dose.of(vector, coefficients, [block]) for block in blocks]
     values = scorer.propensities(validation.encoded, doses, "layers")
-    responses = {block: DoseResponse(coefficients, own) for block, own in zip(blocks, values, strict=True)}
+    responses = {block: DoseResponse(np.array(coefficients), own) for block, own in zip(blocks, values, strict=True)}
     slopes = {block: response.mean_slope for block, response in responses.items()}
     best = max(blocks, key=slopes.__getitem__)
     if neutral and len(blocks) > 1:

@@ -11,7 +11,17 @@ from nblens.errors import Interrupted
 from nblens.evaluation.doses import Dose, settings_of
 from nblens.model.answers import AnsweredPrompt
 from nblens.progress import progress_bar
-from nblens.specs import Event, GenerationSpec, Request, RunSpec, ScoredText, Scores, ScoringSpec, TokensSampled
+from nblens.specs import (
+    Event,
+    GenerationSpec,
+    Request,
+    RunSpec,
+    ScoredText,
+    Scores,
+    ScoringSpec,
+    TokensSampled,
+    finished,
+)
 from nblens.steering.steerability import SideEffects, distinct_ngrams
 
 __all__ = ["Scorer"]
@@ -73,7 +83,7 @@ class Scorer:
         (kl,), logprobs = self._neutral(texts, [dose], "side effects")
         distinct = self._distinct(prompts, dose, seed)
         return SideEffects(
-            dose.coefficients,
+            np.array(dose.coefficients),
             kl_mean=kl.mean(1),
             kl_p95=np.quantile(kl, 0.95, axis=1),
             perplexity_ratio=np.exp(logprobs[0].mean() - logprobs[1:].mean(1)),
@@ -125,7 +135,7 @@ class Scorer:
 
     def _events(self, spec: RunSpec | ScoringSpec, watch: Watch = lambda event: None) -> Sequence[Event]:
         events, interrupted = self.send(spec, watch)
-        if interrupted or events[-1].cancelled:
+        if interrupted or finished(events).cancelled:
             raise Interrupted("the measurement was stopped; no report was made")
         return events
 

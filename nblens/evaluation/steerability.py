@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def measure(
     samples: EncodedSamples,
     measurement: Measurement,
     out_of_distribution: EncodedSamples | None = None,
-    **known: object,
+    **known: Any,
 ) -> SteerabilityReport:
     """Measure a vector as it is written by default.
 
@@ -84,8 +85,9 @@ def measure(
     dose = Dose.of(vector, measurement.coefficients)
     encoded = [*samples.encoded, *(out_of_distribution.encoded if out_of_distribution else ())]
     (values,) = scorer.propensities(encoded, [dose], "dose response")
-    response = DoseResponse(dose.coefficients, values[: len(samples.encoded)])
-    other = DoseResponse(dose.coefficients, values[len(samples.encoded) :]) if out_of_distribution else None
+    coefficients = np.array(dose.coefficients)
+    response = DoseResponse(coefficients, values[: len(samples.encoded)])
+    other = DoseResponse(coefficients, values[len(samples.encoded) :]) if out_of_distribution else None
     fitted = response if measurement.linear_limit is None else response.within(measurement.linear_limit)
     return SteerabilityReport(
         name=vector.name,
@@ -116,9 +118,7 @@ def _side_effects(scorer: Scorer, dose: Dose, samples: EncodedSamples, measureme
     return scorer.side_effects(measurement.neutral, dose, prompts, measurement.seed)
 
 
-def _controls(
-    scorer: Scorer, dose: Dose, samples: EncodedSamples, measurement: Measurement
-) -> dict[str, np.ndarray | None]:
+def _controls(scorer: Scorer, dose: Dose, samples: EncodedSamples, measurement: Measurement) -> dict[str, Any]:
     """Mean slope of every control direction between the outermost coefficients."""
     generator, ends = np.random.default_rng(measurement.seed), measurement.ends
     random = [dose.random(generator, ends) for _ in range(measurement.n_random)]
@@ -126,16 +126,16 @@ def _controls(
     if not random and not shuffled:
         return {}
     values = scorer.propensities(samples.encoded[:_N_CONTROL_SAMPLES], [*random, *shuffled], "controls")
-    slopes = np.array([DoseResponse(ends, some).mean_slope for some in values])
+    slopes = np.array([DoseResponse(np.array(ends), some).mean_slope for some in values])
     return {
         "random_slopes": slopes[: len(random)] if random else None,
         "shuffled_slopes": slopes[len(random) :] if shuffled else None,
     }
 
 
-def _by_label(response: DoseResponse, samples: EncodedSamples) -> dict[str, dict[str, float]]:
-    letters = samples.letters
-    if None in letters:
+def _by_label(response: DoseResponse, samples: EncodedSamples) -> dict[str, Any]:
+    letters = [letter for letter in samples.letters if letter is not None]
+    if len(letters) < len(samples.letters):
         return {}
     rows = {letter: [row for row, own in enumerate(letters) if own == letter] for letter in sorted(set(letters))}
     return {
@@ -144,7 +144,7 @@ def _by_label(response: DoseResponse, samples: EncodedSamples) -> dict[str, dict
     }
 
 
-def _norms(vector: SteeringVector) -> dict[str, float]:
+def _norms(vector: SteeringVector) -> dict[str, Any]:
     """Mean norm of the activations, and of the vector, over the blocks that are written."""
     if not all(block in vector.activation_norms for block in vector.layers):
         return {}

@@ -45,7 +45,7 @@ class MagicParser(argparse.ArgumentParser):
 
     def __init__(self, name: str, *, usage: str, description: str, examples: str, takes_text: bool = False) -> None:
         # colour codes have no place in a docstring
-        plain = {"color": False} if sys.version_info >= (3, 14) else {}
+        plain: dict[str, Any] = {"color": False} if sys.version_info >= (3, 14) else {}
         super().__init__(
             prog=name,
             usage=usage.replace("%", "%%"),

@@ -217,7 +217,7 @@ def _as_grid(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {HTML: view.html(obj)}, {}
     if view.png:
         picture = view.png(obj)
-        data, size = picture if isinstance(picture, tuple) else (picture, {})
+        data, size = picture if isinstance(picture, tuple) else (picture, dict[str, Any]())
         return {PNG: data}, {PNG: size}
     if view.static or not behind_pages():
         return {HTML: render_fragment(obj, metric=view.metric)}, {}

@@ -110,8 +110,10 @@ def joined(one: Trajectory, more: Trajectory) -> Trajectory:
     if not more.n_tokens:
         return one
     one = _followed_by(one, int(more.token_ids[0])) if one.n_tokens else one
-    per_token = {name: np.concatenate([getattr(one, name), getattr(more, name)]) for name in ("token_ids", "next_ids")}
-    per_cell = {
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(one, name), getattr(more, name)]) for name in ("token_ids", "next_ids")
+    }
+    arrays |= {
         name: np.concatenate([getattr(one, name), getattr(more, name)], axis=1) for name in (*_PER_CELL, *_PER_TARGET)
     }
     return replace(
@@ -119,8 +121,7 @@ def joined(one: Trajectory, more: Trajectory) -> Trajectory:
         tokens=one.tokens + more.tokens,
         vocabulary={**one.vocabulary, **more.vocabulary},
         prompt_length=one.prompt_length if one.prompt_length < one.n_tokens else one.n_tokens + more.prompt_length,
-        **per_token,
-        **per_cell,
+        **arrays,
     )
 
 

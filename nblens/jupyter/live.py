@@ -260,7 +260,7 @@ class _GrowingText:
         return (self._n_steps - 1) / seconds if seconds > 0 else None
 
     def _decode(self, token_ids: list[int], *, whole: bool) -> str:
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
         # a token may end inside a character, whose other half comes with the next one
         return text if whole else text.rstrip("\N{REPLACEMENT CHARACTER}")
 

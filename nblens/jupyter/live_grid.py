@@ -22,12 +22,14 @@ Reading = Callable[[Callable[[Any], object]], Any]
 class GrowingGrid:
     """Shows a grid as soon as there is something to see, and keeps up with the run.
 
-    >>> growing = GrowingGrid(metric="prob")                                                # doctest: +SKIP
-    >>> growing.complete(session.lens("One, two,", generate=50, watch=growing.watch))       # doctest: +SKIP
+    >>> growing = GrowingGrid(metric="prob")
+    >>> growing.complete(session.lens("The summer was", generate=8, watch=growing.watch)).n_tokens
+    11
     """
 
     def __init__(self, *, metric: str) -> None:
-        self._metric, self._grid = metric, None
+        self._metric = metric
+        self._grid: TrajectoryGrid | None = None
 
     def watch(self, partial: Any) -> None:
         """Show what has been read so far."""
@@ -52,11 +54,11 @@ class GrowingGrid:
 class LiveGrid(TrajectoryGrid):
     """A grid over a run in the background.
 
-    >>> grid = LiveGrid.over(lambda watch: session.lens(prompt, generate=200, watch=watch))     # doctest: +SKIP
-    >>> grid.wait(5)                                                                            # doctest: +SKIP
-    False
-    >>> grid.stop()                                                                             # doctest: +SKIP
-    >>> grid.result                     # what was read: as `session.lens` would have returned it   # doctest: +SKIP
+    >>> grid = LiveGrid.over(lambda watch: session.lens("The summer was", generate=20, watch=watch))
+    >>> grid.wait(60)  # or grid.stop()
+    True
+    >>> grid.result.n_tokens  # what was read: as `session.lens` would have returned it
+    23
     """
 
     _running = traitlets.Bool(True).tag(sync=True)

@@ -58,7 +58,8 @@ class WithStandIn(traitlets.HasTraits):
 
     def show_widget(self) -> None:
         """Publish the widget itself, in no other form."""
-        made = super()._repr_mimebundle_()
+        widget: Any = super()
+        made = widget._repr_mimebundle_()
         data, metadata = made if isinstance(made, tuple) else (made, {})
         publish_display_data({**data, "text/plain": ""}, metadata)
 

@@ -35,11 +35,13 @@ _SCRIPTS = ("shortcuts", "steering_panel_words", "steering_panel_controls", "ste
 class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     """Sliders for the steering vectors of a session, with text that follows them.
 
-    >>> panel = SteeringPanel(prompt="A page about the museum. The picture was")     # doctest: +SKIP
-    >>> panel.value = {"cheerful": -1.5}                                             # doctest: +SKIP
-    >>> panel.generate().wait()                                                      # doctest: +SKIP
-    >>> panel.texts                                                                  # doctest: +SKIP
-    (' quite great. …', ' poor. …')
+    >>> panel = nblens.SteeringPanel(prompt="The summer was", max_new_tokens=2)
+    >>> panel.value = {"cheerful": -1.5}
+    >>> panel.generate().wait()
+    True
+    >>> panel.texts
+    (' quite great', ' dreary.')
+    >>> panel.close()
 
     What is set here becomes the session's live setting when a slider is let go. Vectors that the session gets later
     appear by themselves after the cell that made them.
@@ -90,7 +92,8 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
         self._session, self._once = session, once
         self._curves = strength_curves(measured)
         self._lock = threading.RLock()
-        self._state, self._live = PanelState(), {}
+        self._state = PanelState()
+        self._live: dict[str, Any] = {}
         for name, option in options.items():
             self._state = self._state.with_option(name, option)
         self._runner = LiveRunner(session, self._report, threaded=not once)

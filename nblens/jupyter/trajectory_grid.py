@@ -54,10 +54,11 @@ class _RefusedError(UserError, traitlets.TraitError):
 class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     """A grid that one can zoom, search and question, in a notebook.
 
-    >>> grid = TrajectoryGrid(session.lens("In Warsaw you pay with the"))        # doctest: +SKIP
-    >>> grid.selection = (-1, -1)                  # block and token position, as a click would   # doctest: +SKIP
-    >>> grid.pinned                                                              # doctest: +SKIP
-    [' zloty']
+    >>> grid = nblens.TrajectoryGrid(session.lens("In Warsaw you pay with the"), metric="entropy")
+    >>> grid.selection = (-1, -1)  # block and token position, as a click would
+    >>> grid.selection
+    (11, 6)
+    >>> grid.pinned = [" zloty", " euro"]  # drawn as curves over depth
 
     Parameters
     ----------
@@ -72,6 +73,8 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         The difference where there is one, else base.
     site : str, optional
         Which of several is shown first.
+    **options
+        Of every widget, such as `layout`.
 
     Raises
     ------
@@ -88,7 +91,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     """which of several grids"""
     selection = traitlets.Any(None, allow_none=True).tag(sync=True)
     """(block, token position), or None"""
-    pinned = traitlets.List()
+    pinned: traitlets.List[Any] = traitlets.List()
     """texts of the tokens that are drawn as curves over depth; ids are understood too"""
     _pinned_ids = traitlets.List(traitlets.Int()).tag(sync=True)
     _n_tokens = traitlets.Int(0).tag(sync=True)

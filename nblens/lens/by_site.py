@@ -20,9 +20,11 @@ __all__ = ["SiteTrajectories"]
 class SiteTrajectories(Shown, dict[str, Trajectory]):
     """Trajectories of one sequence by site: a dict, with what one does to all of them at once.
 
-    >>> both = session.lens("The capital of France is", sites=["resid_pre", "resid_post"])    # doctest: +SKIP
-    >>> both["resid_pre"].top()                                                              # doctest: +SKIP
-    >>> both.to_json("lens.json")                                                            # doctest: +SKIP
+    >>> both = session.lens("The capital of France is", sites=["resid_pre", "resid_post"])
+    >>> both["resid_post"].top()[0][0]
+    ' Paris'
+    >>> len(both.to_frame())  # 2 sites × 12 blocks × 6 tokens
+    144
     """
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:

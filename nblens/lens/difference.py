@@ -16,7 +16,16 @@ __all__ = ["Comparison", "TrajectoryDiff"]
 
 @dataclass(frozen=True, repr=False, eq=False)
 class TrajectoryDiff(Shown):
-    """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens)."""
+    """Signed differences `other - base` over the tokens that both share, (n_layers, n_tokens).
+
+    >>> one = session.lens("In Warsaw you pay with the")
+    >>> other = session.lens("In Warsaw you pay with the", steer={"cheerful": 1.0})
+    >>> diff = one.diff(other)
+    >>> diff.metric("prob").shape
+    (12, 7)
+    >>> bool((diff.metric("entropy")[:6] == 0).all())  # the vector is written at block 6: none before it changes
+    True
+    """
 
     base: Trajectory
     other: Trajectory
@@ -87,7 +96,14 @@ class TrajectoryDiff(Shown):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Comparison(Shown):
-    """The same prompt without and with steering: two rows of one batch."""
+    """The same prompt without and with steering: two rows of one batch.
+
+    >>> both = session.compare("The summer was", steer={"cheerful": -1.5}, generate=1)
+    >>> both.base_text, both.steered_text
+    (' quite', ' dreary')
+    >>> both.base.top()[0][0], both.steered.top()[0][0]
+    (' quite', ' dreary')
+    """
 
     base: Trajectory
     steered: Trajectory

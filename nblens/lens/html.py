@@ -1,7 +1,8 @@
 """Trajectories as static HTML: a table and a stylesheet, no script, the same bytes for the same numbers.
 
->>> page = render_page(trajectory)                          # doctest: +SKIP
->>> fragment = render_fragment(trajectory, metric="kl")     # doctest: +SKIP
+>>> trajectory = session.lens("The capital of France is")
+>>> render_page(trajectory)[:15], render_fragment(trajectory, metric="kl")[:4]
+('<!doctype html>', '<div')
 
 Text from the model is data: each piece goes through `visible` (or `plain`) and `escape`. End tags of rows
 and cells are left out, as HTML allows, because a grid of 80 blocks × 500 tokens is mostly markup.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -325,8 +327,10 @@ def _tooltip_text(token: str) -> str:
 
 def _texts(comparison: Comparison) -> str:
     """The new texts side by side; words that only one of them has are marked."""
-    words = [re.findall(r"\s*\S+|\s+$", plain(text)) for text in (comparison.base_text, comparison.steered_text)]
-    blocks = difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes()
+    words: list[list[str]] = [
+        re.findall(r"\s*\S+|\s+$", plain(text)) for text in (comparison.base_text, comparison.steered_text)
+    ]
+    blocks: list[Any] = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes()
     sides = [
         "".join(_marked("".join(side[op[1 + 2 * i] : op[2 + 2 * i]]), op[0] != "equal") for op in blocks)
         for i, side in enumerate(words)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from nblens.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from nblens.lens.html import Rendered
 
 __all__ = ["Shown"]
 
@@ -20,7 +22,7 @@ class Shown:
         """The grids, on one scale, as one self-contained HTML page, returned and, where `path` is given, written."""
         from nblens.lens.html import render_page
 
-        page = render_page(self, metric=metric)
+        page = render_page(cast("Rendered", self), metric=metric)
         if path is not None:
             replace_file(path, page.encode())
         return page
@@ -34,4 +36,4 @@ class Shown:
     def _repr_html_(self) -> str:
         from nblens.lens.html import render_fragment
 
-        return render_fragment(self)
+        return render_fragment(cast("Rendered", self))

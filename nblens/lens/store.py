@@ -16,6 +16,10 @@ __all__ = ["LensStore"]
 class LensStore(MutableMapping[str, Lens]):
     """The lenses of a session, by name; only those that fit its model.
 
+    >>> session.lenses["plain"] = nblens.Lens("plain", "jacobian", {1: torch.eye(192)})
+    >>> list(session.lenses)
+    ['plain']
+
     The path of a lens file is a name too: it is read at first use, and again when the file has changed.
     """
 

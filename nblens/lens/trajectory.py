@@ -43,9 +43,12 @@ _PER_CELL_MANY = ("top_ids", "top_logprobs", "target_logprobs", "target_ranks")
 class Trajectory(Shown):
     """What every block would have said at every token of one sequence.
 
-    >>> traj = session.lens("The capital of France is")        # doctest: +SKIP
-    >>> traj.top(layer=-1, token=-1)                            # doctest: +SKIP
-    [(' Paris', 0.97), (' Lyon', 0.01), …]
+    >>> traj = session.lens("The capital of France is")
+    >>> text, probability = traj.top(layer=-1, token=-1)[0]
+    >>> text, round(probability, 2)
+    (' Paris', 0.99)
+    >>> traj.entropy.shape  # blocks, tokens
+    (12, 6)
 
     Rows are tokens that were fed to the model, in absolute positions 0 … n_tokens-1: the prompt, then the
     generated tokens but the last one, which was sampled and never fed. All logarithms are natural; every
@@ -167,6 +170,9 @@ class Trajectory(Shown):
     def decided_at(self, against: str = "final") -> np.ndarray:
         """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
 
+        >>> session.lens("The capital of France is").decided_at().tolist()
+        [0, 6, 1, 0, 7, 6]
+
         Only the blocks in `layers` are looked at.
 
         Parameters
@@ -187,6 +193,9 @@ class Trajectory(Shown):
 
     def to_frame(self, *, long: bool = False) -> pd.DataFrame:
         """A pandas data frame with one row per cell, or one per cell and rank.
+
+        >>> session.lens("The capital of France is", layers=-1).to_frame().top_token.iloc[-1]
+        ' Paris'
 
         Parameters
         ----------
@@ -221,6 +230,10 @@ class Trajectory(Shown):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one safetensors file: arrays, and everything else as JSON in its header.
 
+        >>> path = session.lens("The capital of France is").save("france.safetensors")
+        >>> nblens.Trajectory.load(path).text
+        '<s>The capital of France is'
+
         The file is written under a temporary name and renamed, so a kill in between leaves the old file.
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _array_names()}
@@ -246,10 +259,11 @@ class Trajectory(Shown):
                 f"{path} has trajectory format version {metadata.get('version')}; this nblens reads {_VERSION}"
             )
         try:
-            plain = json.loads(metadata["fields"])
+            plain: dict[str, Any] = json.loads(metadata["fields"])
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
-            return cls(**{name: arrays[name] for name in _array_names()}, **plain)
+            plain |= {name: arrays[name] for name in _array_names()}
+            return cls(**plain)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FileFormatError(f"{path} is damaged: {error!r}") from error
 

@@ -43,9 +43,12 @@ def depth_of(site: str, block: int) -> int:
 class Lens:
     """A translator for every depth of the residual stream.
 
-    >>> lens = session.fit_lens(texts)                       # doctest: +SKIP
-    >>> session.lens("The capital of France is", lens="tuned")      # doctest: +SKIP
-    >>> lens.save("tuned.safetensors")                       # doctest: +SKIP
+    >>> lens = nblens.Lens("halved", "jacobian", {3: torch.eye(192) / 2})  # or session.fit_lens(texts)
+    >>> session.lenses["halved"] = lens
+    >>> session.lens("The capital of France is", layers=2, lens="halved").lens
+    'halved'
+    >>> nblens.Lens.load(lens.save("halved.safetensors"))
+    Lens('halved', jacobian, 1 depths × 192)
 
     A ``tuned`` lens reads h + A h + b in place of h (Belrose et al. 2023, arXiv 2303.08112), a ``jacobian`` lens J h
     (Gurnee et al. 2026, transformer-circuits.pub/2026/workspace).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -37,7 +37,7 @@ class CaptureBuffer:
     def __init__(
         self,
         architecture: Architecture,
-        places: dict[str, Sequence[int]],
+        places: Mapping[str, Sequence[int]],
         capacity: int,
         device: torch.device,
     ) -> None:

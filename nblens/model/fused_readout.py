@@ -76,8 +76,9 @@ def runs_fast(weight: torch.Tensor) -> bool:
     if weight.device.type != "cuda" or torch.version.hip or weight.dtype not in _HALF or find_spec("triton") is None:
         return False
     properties = torch.cuda.get_device_properties(weight.device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
     needed = HALF_TILINGS[-1].shared_bytes(weight.itemsize)
-    return (properties.major, properties.minor) >= _CAPABILITY and properties.shared_memory_per_block_optin >= needed
+    return (properties.major, properties.minor) >= _CAPABILITY and shared >= needed
 
 
 def can_read(hidden: torch.Tensor, weight: torch.Tensor, top_k: int, n_counted: int) -> bool:
@@ -190,7 +191,7 @@ class FusedReadout:
             width = self.tiling.columns
             span = min(math.ceil(n_columns / width), max(1, FINAL_ELEMENTS // (n * width))) * width
             kept = torch.empty((n, span), dtype=torch.float32, device=hidden.device)
-        request = {"final": final, "kept": kept, "wanted": None, "thresholds": None}
+        request: dict[str, Any] = {"final": final, "kept": kept, "wanted": None, "thresholds": None}
         if thresholds is not None:
             # −inf is a logit like any other to the kernel, whose own stand at its floor
             request |= {"wanted": wanted.contiguous(), "thresholds": thresholds.clamp(min=_FLOOR).contiguous()}

@@ -179,7 +179,8 @@ class SteppingLoop:
         self._cache_name = cache_name(model)
         self._first = batch.first_columns
         self._mask = batch.mask
-        self._fed, self._cache = 0, None
+        self._fed = 0
+        self._cache: Cache | None = None
         self.started = False
         """whether `generate` has called back: an error after that is not about its options"""
 
@@ -228,7 +229,8 @@ class SteppingLoop:
             if self._feed("prompt", columns, keep_logits=False) is None:
                 return input_ids
             self._observer.after(self._step("prompt", columns, self._following(columns)), None)
-        phase, columns = "prompt", last
+        phase: Literal["prompt", "generated"] = "prompt"
+        columns = last
         unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
         while (logits := self._feed(phase, columns, input_ids, keep_logits=True)) is not None:
             scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))

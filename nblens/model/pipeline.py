@@ -35,7 +35,8 @@ class Stage:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        own, n_blocks = model._pp_stage, len(find_blocks(model)[1])
+        own: Any = model._pp_stage
+        n_blocks = len(find_blocks(model)[1])
         self._group = own.pp_group
         self._last = torch.distributed.get_global_rank(own.pp_group, own.pp_size - 1)
         self.is_last = own.pp_is_last_stage

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -53,8 +53,9 @@ def find_feeding(model: PreTrainedModel, architecture: Architecture, pad_id: int
 def _ways(model: PreTrainedModel) -> Iterator[Feeding]:
     """Every way worth a try, the most convenient first; the one that asks least of the model last."""
     carries_state, steps = _carries_state(model), (False,) if _has_own_cache(model) else (True, False)
+    ways: tuple[Literal["padded", "equal", "alone"], ...] = ("padded", "equal", "alone")
     for positions in (True, False) if takes(model, "position_ids") else (True,):
-        for rows, stepwise in product(("padded", "equal", "alone"), steps):
+        for rows, stepwise in product(ways, steps):
             # Without positions, a model finds padding by its token, which may as well stand in a text
             if rows != "padded" or (positions and not carries_state):
                 yield Feeding(rows, stepwise, positions)
@@ -93,11 +94,11 @@ def _mismatch(
     last = architecture.whole(torch.cat(residuals, 1)[None], (architecture.n_blocks - 1,))[0]
     logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(last)))
     for row, prompt in enumerate(prompts):
-        error = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
-        if not error <= _allowed(architecture.dtype):
+        off = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
+        if not off <= _allowed(architecture.dtype):
             return (
                 "gives other logits when it goes on from its cache than in one pass "
-                f"(they differ by {error:.2g} of their spread)"
+                f"(they differ by {off:.2g} of their spread)"
             )
     return ""
 

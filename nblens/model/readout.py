@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -371,7 +372,7 @@ class _Head:
     @property
     def held(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of a head that is `sliceable`."""
-        held = self._module if self._shard is None else self._shard
+        held: Any = self._module if self._shard is None else self._shard
         return held.weight, held.bias
 
     def _all(self, normed: torch.Tensor) -> torch.Tensor:

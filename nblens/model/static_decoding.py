@@ -125,11 +125,11 @@ class StaticDecoder:
             return
         self._go_back_to(column)
         recording.replay()
-        error = (recording.output - expected).abs().max().item()
-        if error <= logit_tolerance(expected, expected.dtype):
+        difference = (recording.output - expected).abs().max().item()
+        if difference <= logit_tolerance(expected, expected.dtype):
             self._recording = recording
             return
-        self.refused = f"the recorded step gave other logits than the step itself, by {error:.3g}"
+        self.refused = f"the recorded step gave other logits than the step itself, by {difference:.3g}"
         self._go_back_to(column)
         self._forward()  # over whatever the recording wrote
 

@@ -110,7 +110,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
     message = [{"role": "user", "content": prompt}]
     try:
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise UserError(f"the chat template failed: {error}") from error
 
@@ -126,8 +126,8 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
     UserError
         The text is several tokens either way, or the id is out of range.
     """
-    if isinstance(text, Integral):
-        if not 0 <= text < vocab_size:
+    if isinstance(text, (int, Integral)):
+        if not 0 <= int(text) < vocab_size:
             raise UserError(f"target id {text} is outside the vocabulary of {vocab_size}")
         return int(text)
     if not text:
@@ -176,4 +176,4 @@ class TokenTexts:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))

@@ -70,7 +70,7 @@ def find_shard(lm_head: nn.Module) -> VocabularyShard | None:
         return None
     mesh = weight.device_mesh
     _, first = Shard.local_shard_size_and_offset(weight.shape[0], mesh.size(), mesh.get_local_rank())
-    bias = lm_head.bias
+    bias: torch.Tensor | None = lm_head.bias
     if isinstance(bias, DTensor):
         bias = bias.to_local()
     return VocabularyShard(weight.to_local().detach(), None if bias is None else bias.detach(), first, mesh.get_group())

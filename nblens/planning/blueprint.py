@@ -164,10 +164,10 @@ def draw_blueprint(
     """
     runnable = _meta_model(config, dtype, trust_remote_code)
     blocks_path, blocks = find_blocks(runnable)
-    head = find_lm_head(runnable)
+    head: Any = find_lm_head(runnable)
     if head is None:
         raise UnsupportedModelError(f"{type(runnable).__name__} has no lm_head (get_output_embeddings() is None)")
-    embedding = runnable.get_input_embeddings()
+    embedding: Any = runnable.get_input_embeddings()
     paths = {module: path for path, module in runnable.named_modules()}
     text = config.get_text_config(decoder=True)
     n_heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or 1
@@ -254,9 +254,9 @@ def _resize(model: nn.Module, block_paths: list[str], headers: Headers) -> None:
     """Make every block as large as it is in the checkpoint."""
     stored = dict.fromkeys(block_paths, 0)
     for name, (_, size) in headers.items():
-        block = next((path for path in block_paths if f"{name}.".find(f"{path}.") >= 0), None)
-        if block is not None:
-            stored[block] += size
+        owner = next((path for path in block_paths if f"{name}.".find(f"{path}.") >= 0), None)
+        if owner is not None:
+            stored[owner] += size
     for path, size in stored.items():
         if size:
             block = model.get_submodule(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -33,7 +33,7 @@ def device_name(device: Any) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
-def is_description(devices: Any) -> bool:
+def is_description(devices: Any) -> TypeGuard[Mapping[Any, int | str]]:
     """Whether it is a mapping of devices to memory, and no accelerate `device_map` (of modules to devices)."""
     return isinstance(devices, Mapping) and all(_DEVICE.fullmatch(device_name(key)) for key in devices)
 

@@ -56,10 +56,9 @@ class Proposal:
 class Plan:
     """Where a model would go, before any weight is read.
 
-    ::
-
-        plan = nblens.plan("meta-llama/Llama-3.1-70B", max_memory={0: "80GiB", 1: "80GiB"}, context=8192)
-        plan.fits, plan.devices[0].left_bytes, plan.nearest
+    >>> plan = nblens.plan(None, devices={"cuda:0": "8GiB"}, context=64)
+    >>> plan.fits, plan.devices[0].parts, plan.nearest
+    (True, 'embedding, blocks 0-11, norm, lm_head', None)
     """
 
     model: str

@@ -59,7 +59,9 @@ def plan(
 ) -> Plan:
     """Tell what a model would put on each device, and whether it fits, without reading weights.
 
-    >>> nblens.plan("meta-llama/Llama-3.1-70B", max_memory={0: "80GiB", 1: "80GiB"})     # doctest: +SKIP
+    >>> nblens.plan(None, devices={"cuda:0": "8GiB"}).verdict
+    'it fits'
+    >>> nblens.plan("meta-llama/Llama-3.1-70B", max_memory={0: "80GiB", 1: "80GiB"})  # doctest: +SKIP
 
     Parameters
     ----------
@@ -89,7 +91,7 @@ def plan(
         Its parts could not be found.
     """
     if isinstance(model, (str, type(None))):
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
+        where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = read_config(model, **where)
         checkpoint = Checkpoint(model or DEMO_MODEL, config, source_of(model), **where)
     else:

@@ -119,7 +119,7 @@ def _accelerate_map(blueprint: Blueprint, budgets: Mapping[str, int]) -> dict[st
         found = infer_auto_device_map(
             blueprint.model,
             max_memory=max_memory,
-            no_split_module_classes=sorted({type(block).__name__ for block in blocks}),
+            no_split_module_classes=sorted({type(block).__name__ for block in blocks.children()}),
         )
     return {path: names[place] if isinstance(place, int) else str(place) for path, place in found.items()}
 

@@ -1,10 +1,10 @@
 """Trajectories and steerability reports as matplotlib figures, made of plain arrays and free of pyplot's global state.
 
->>> trajectory_grid(trajectory, metric="entropy").savefig("grid.png")            # doctest: +SKIP
->>> token_curves(trajectory, tokens=[" Paris", " Berlin"])                      # doctest: +SKIP
->>> depth_curves({"a short text": one, "many": [two, three]}, metric="kl")      # doctest: +SKIP
->>> decided_histogram([one, two, three], against="next")                        # doctest: +SKIP
->>> dose_response(report), layer_sweep(report)                                  # doctest: +SKIP
+>>> one, two = session.lens(["The capital of France is", "In Warsaw you pay with the"])
+>>> trajectory_grid(one, metric="entropy").savefig("grid.png")
+>>> figures = token_curves(one, tokens=[" Paris", " French"]), decided_histogram([one, two], against="next")
+>>> len(depth_curves({"France": one, "both": [one, two]}, metric="kl").axes)
+1
 
 Where several trajectories can be given, a dict is compared, part by part under its keys, and a list is taken
 together. matplotlib is imported when a figure is made, not before. A figure shows itself in a notebook, with or

@@ -82,7 +82,7 @@ def layer_sweep(report: Any) -> Figure:
         ax.vlines([blocks[chosen]], low[chosen], high[chosen], color=_VERMILION, linewidth=1.8)
         ax.plot([blocks[chosen]], [mean[chosen]], color=_VERMILION, marker="D", markersize=6.5)
         top = np.nanmax([mean[chosen], high[chosen]])
-        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+        place: dict[str, Any] = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
         ax.annotate(f"block {report.chosen_layer}", (blocks[chosen], top), color=_VERMILION, fontsize=8, **place)
         ax.margins(y=0.12)
     ax.set_ylabel("mean slope (nats per λ)")

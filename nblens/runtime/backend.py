@@ -20,8 +20,9 @@ class EventStream(Protocol):
     A `KeyboardInterrupt` while waiting leaves the stream usable: cancel, then go on iterating to the end.
     """
 
-    log: Sequence[Event]
-    """every event so far, also one that an interrupt took from the caller's hands"""
+    @property
+    def log(self) -> Sequence[Event]:
+        """Every event so far, also one that an interrupt took from the caller's hands."""
 
     def __iter__(self) -> Self:
         """Return itself."""

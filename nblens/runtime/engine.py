@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -237,7 +237,7 @@ class Engine:
         self,
         bank: SteeringBank,
         writer: Callable[[str, int], Callable[[torch.Tensor], None]] | None,
-        places: dict[str, Sequence[int]],
+        places: Mapping[str, Sequence[int]],
         rows: int,
     ) -> list[HookPoint]:
         """Hooks of every site and block: steering first, then what `writer` gives for those to be captured."""

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from nblens.errors import WorkerError
 from nblens.runtime.backend import Coefficients, Control
@@ -89,7 +89,7 @@ class _Request:
 
     def __init__(self, spec: Request, control: Control) -> None:
         self.spec, self.control = spec, control
-        self.log: list[Event | BaseException] = []
+        self.log: list[Any] = []  # events, the last one perhaps an error, which iteration raises
         """every event so far: an interrupt may take one from the caller's hands, never from here"""
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._next = 0

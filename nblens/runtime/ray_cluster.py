@@ -6,6 +6,7 @@ Rank 0 sends the events of a run; the others follow. They agree among themselves
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import threading
@@ -15,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from nblens.errors import UserError, WorkerError, first_line
@@ -66,7 +68,10 @@ class RayBackend:
         self._size = order.size
         before = descendants()
         self._started = _connect(address, self._size)
-        self._group = self._ranks = self._local = self._watchdog = None
+        self._group: PlacementGroup | None = None
+        self._ranks: _Ranks | None = None
+        self._local: LocalBackend | None = None
+        self._watchdog: Watchdog | None = None
         try:
             self._ranks = _Ranks(self._place(actor, together=order.tp > 1))
             if self._started:
@@ -131,7 +136,8 @@ class RayBackend:
                 f"the cluster has no {self._size} free {kind}s ({strategy}); free some, or take fewer ranks"
             )
         threads = max(1, int(max(nodes)) // self._size) if not n_gpus else 1
-        remote = ray.remote(concurrency_groups={"ctl": 1})(actor)
+        for_class: Any = ray.remote  # its types leave concurrency groups out
+        remote = for_class(concurrency_groups={"ctl": 1})(actor)
         return [
             remote.options(
                 num_cpus=1,
@@ -305,8 +311,9 @@ class _SpreadEngine:
     def __init__(self, ranks: _Ranks, facts: ModelFacts) -> None:
         self._ranks, self._facts = ranks, facts
 
-    def run(self, spec: Request, emit: Callable[[Event], None], control: _ForwardedControl) -> None:
+    def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
         """Serve a request; a file of activations is written here."""
+        assert isinstance(control, _ForwardedControl)  # what `_Ranks.new_control` makes
         if isinstance(spec, RunSpec) and spec.capture and spec.capture.to:
             with ActivationRecorder(spec, self._facts, emit) as recorder:
                 self._ranks.run(spec, recorder, control)
@@ -341,9 +348,11 @@ def _connect(address: str | None, size: int) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    own = {"num_cpus": max(size, os.cpu_count() or 1), "include_dashboard": False} if address == "local" else {}
+    own: dict[str, Any] = {}
+    if address == "local":
+        own = {"num_cpus": max(size, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address!r}: {first_line(error)}") from error
     return True

@@ -24,6 +24,7 @@ from nblens.steering.bank import SteeringBank
 
 if TYPE_CHECKING:
     from nblens.runtime.engine import Engine
+    from nblens.runtime.row_groups import RowControl
 
 __all__ = ["Run"]
 
@@ -42,7 +43,7 @@ class Run:
         chunk: int,
         decoded_tokens: int,
         emit: Callable[[Event], None],
-        control: Control,
+        control: Control | RowControl,
     ) -> None:
         self._decoded_tokens = decoded_tokens  # that may wait for one readout, over all rows
         self._engine, self._spec, self._batch, self._emit, self._control = engine, spec, batch, emit, control

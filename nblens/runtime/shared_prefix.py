@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nblens.model.feeding import Feeding
 from nblens.model.generation import Batch, new_cache
 from nblens.runtime.backend import Control
+from nblens.runtime.row_groups import RowControl
 from nblens.specs import SteeringWrite
 from nblens.steering.positions import first_written
 
@@ -30,7 +31,7 @@ def shared_columns(feeding: Feeding, cache: Cache | None, batch: Batch, writes: 
     return min((first_written(write.write, batch) for write in writes), default=batch.width)
 
 
-def feed_once(engine: Engine, batch: Batch, columns: int, width: int, control: Control) -> Cache | None:
+def feed_once(engine: Engine, batch: Batch, columns: int, width: int, control: Control | RowControl) -> Cache | None:
     """Feed the first columns of a batch, `width` at a time, unsteered; the cache that holds them."""
     cache = new_cache(engine.model)
     engine.loop(batch, _Listening(control), width).prefill(cache, range(columns))
@@ -39,7 +40,8 @@ def feed_once(engine: Engine, batch: Batch, columns: int, width: int, control: C
 
 def repeat_into(static: Cache, cache: Cache, rows: int) -> None:
     """Put what was fed once into an empty cache of fixed size, for each of its rows."""
-    for number, layer in enumerate(cache.layers):
+    layers: Sequence[Any] = cache.layers
+    for number, layer in enumerate(layers):
         keys, values = (states.repeat_interleave(rows, 0) for states in (layer.keys, layer.values))
         static.update(keys, values, number)
 
@@ -47,7 +49,7 @@ def repeat_into(static: Cache, cache: Cache, rows: int) -> None:
 class _Listening:
     """Observer that only looks whether the run was asked to stop."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control | RowControl) -> None:
         self._control = control
 
     def before(self, phase: str, columns: range, batch: Batch) -> bool:

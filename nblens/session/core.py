@@ -19,7 +19,7 @@ from nblens.model.tokens import TokenTexts
 from nblens.requests import RequestBuilder
 from nblens.results import Generation, RunResult
 from nblens.runtime.backend import Backend
-from nblens.specs import Event, LensTensors, ReadoutSlice, Request, RunSpec, Steer, SteeringWrite
+from nblens.specs import Event, LensTensors, ReadoutSlice, Request, RunSpec, Steer, SteeringWrite, finished
 from nblens.steering.store import LiveSteering, Steering, VectorStore
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class SessionCore:
         for tensors in (*gone, *new):
             self._placed.pop(tensors.name, None)
             events, interrupted = self.events(tensors)
-            if interrupted or events[-1].cancelled:
+            if interrupted or finished(events).cancelled:
                 raise Interrupted("stopped before the run began")
         self._placed[name] = lens
 
@@ -208,7 +208,7 @@ class SessionCore:
         return self._builder
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 class _Onlooker:

@@ -41,8 +41,11 @@ class Measuring(SteeringRequests):
     ) -> SteerabilityReport:
         """Measure how far a vector steers, what that costs, and whether any other direction would do as well.
 
-        >>> report = session.steerability("cheerful", samples)       # doctest: +SKIP
-        >>> report.plot()                                            # doctest: +SKIP
+        >>> from nblens.demo import corpus
+        >>> samples = corpus.behavior_samples("mood", "heldout", 8)
+        >>> report = session.steerability("cheerful", samples, [-1, 0, 1], n_random=2)
+        >>> report.fitted.mean_slope > 0, report.above_random  # nats per unit of the coefficient
+        (True, True)
 
         The propensity of a sample is the log-probability of its positive answer minus that of its negative one; its
         steerability is the least-squares slope of the propensity over the coefficient (Tan et al. 2024, arXiv
@@ -123,7 +126,11 @@ class Measuring(SteeringRequests):
     ) -> SteerabilityReport:
         """Make a vector, choose the block that it is written at, and measure it, each on samples of its own.
 
-        >>> report = session.steering_experiment("corrigible", "corrigible-neutral-HHH.jsonl")    # doctest: +SKIP
+        >>> from nblens.demo import corpus
+        >>> samples = corpus.behavior_samples("mood", "train", 16)
+        >>> report = session.steering_experiment("mood", samples, [-1, 0, 1], layers="5-6", n_random=4, n_shuffles=1)
+        >>> report.splits, report.chosen_layer in (5, 6)
+        ({'train': 8, 'validation': 4, 'test': 4}, True)
 
         The protocol of arXiv 2604.06483: vectors read at the label, after the norm before the MLP, and coefficients
         from −1.5 to 1.5. Samples are shuffled, where their answers are letters with each letter equally often on
@@ -133,6 +140,8 @@ class Measuring(SteeringRequests):
 
         Parameters
         ----------
+        name : str
+            What the vector will be called.
         method, site, read
             As in `extract`.
         write, op

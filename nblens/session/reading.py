@@ -121,7 +121,7 @@ class Reading(SessionCore):
         """Take logits apart into what every block's attention and MLP add to them.
 
         >>> parts = session.attribute("The capital of France is", ["Paris", "Rome"])
-        >>> parts.contributions["attn_out"].shape
+        >>> parts.contributions["attn_out"].shape  # blocks, tokens, targets
         (12, 6, 2)
 
         Direct logit attribution (Elhage et al. 2021): the final norm is held at each token's scale, which makes a
@@ -129,6 +129,8 @@ class Reading(SessionCore):
 
         Parameters
         ----------
+        prompt : str or sequence of int
+            One text, or its token ids.
         targets : sequence of str or int, optional
             Tokens (text or ids). None: the most likely token after the prompt.
         layers, generate, steer, chat, seed, temperature
@@ -171,7 +173,22 @@ class Reading(SessionCore):
     ) -> Comparison:
         """Read the same prompt without and with steering, as two rows of one batch.
 
-        Parameters are those of `lens`; `site` is one, and `options` are those of `generate`.
+        >>> both = session.compare("The summer was", steer={"cheerful": -1.5}, generate=4)
+        >>> both.base_text, both.steered_text
+        (' quite great. The', ' dreary. The morning')
+        >>> both.diff.parts_at.tolist()  # at which block steering changed each token's top prediction
+        [-1, 6, -1, 6]
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            One text, or its token ids.
+        site : str
+            One of the sites of `lens`.
+        steer, layers, top_k, targets, lens, generate, chat, seed, temperature, metrics, watch
+            As in `lens`.
+        **options
+            As in `generate`.
 
         Raises
         ------
@@ -220,6 +237,8 @@ class Reading(SessionCore):
 
         Parameters
         ----------
+        prompt : str, sequence of int, or list of these
+            As in `lens`.
         positions : {"prompt", "generated", "last"}, int, slice or sequence of int, optional
             Tokens to keep; negative indices count from the prompt's end, a slice runs over the generated tokens too.
             None: all.

@@ -15,7 +15,7 @@ from nblens.progress import progress_bar
 from nblens.requests import Prompt
 from nblens.results import RunResult, Sweep
 from nblens.session.core import SessionCore
-from nblens.specs import ExtractionFinished, ExtractionSpec, RunSpec, Steer, check_coefficient
+from nblens.specs import ExtractionFinished, ExtractionSpec, RunSpec, Steer, check_coefficient, finished
 from nblens.steering.extraction import Read, best_block, read_name
 from nblens.steering.samples import Sample
 from nblens.steering.store import Steering, check_name
@@ -42,11 +42,15 @@ class SteeringRequests(SessionCore):
         """Continue a text.
 
         >>> out = session.generate("The capital of France is", 3)
-        >>> out.text                                                 # doctest: +SKIP
+        >>> out.text
         ' Paris. The'
+        >>> session.generate("The summer was", 3, steer={"cheerful": -1.5}).text
+        ' dreary. The'
 
         Parameters
         ----------
+        prompt : str, sequence of int, or list of these
+            As in `lens`.
         max_new_tokens : int
             Most tokens to add.
         steer, temperature, seed, chat
@@ -96,12 +100,22 @@ class SteeringRequests(SessionCore):
     ) -> Sweep:
         """Continue one prompt under several coefficients of a vector, in one batched run.
 
-        >>> sweep = session.sweep("The day was", "cheerful", answers=(" lovely", " awful"))    # doctest: +SKIP
-        >>> sweep.propensities.round(1).tolist()                                               # doctest: +SKIP
-        [-3.9, -1.9, 0.1, 2.2, 4.1]
+        >>> sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], 2, answers=(" lovely", " awful"))
+        >>> [generation.text for generation in sweep]
+        [' dreary.', ' quite great', ' perfect.']
+        >>> sweep.propensities.round(1).tolist()
+        [-2.0, -0.1, 1.5]
 
         Parameters
         ----------
+        prompt : str or sequence of int
+            One text, or, without `answers`, its token ids.
+        name : str
+            In `session.vectors`.
+        coefficients : sequence of float
+            One text is written for each.
+        max_new_tokens : int
+            Most tokens to add.
         answers : (str, str), optional
             A positive and a negative answer that may follow the prompt: the sweep then holds the log-probability of
             the one minus that of the other under each coefficient, too.
@@ -222,7 +236,13 @@ class SteeringRequests(SessionCore):
         progress: bool,
         layers: Any = None,
     ) -> SteeringVector:
-        """What `extract` makes, kept by nobody."""
+        """What `extract` makes, kept by nobody.
+
+        Parameters
+        ----------
+        name, pairs, method, site, read, chat, progress, layers
+            As in `extract`.
+        """
         check_name(name)
         blocks = None if layers is None else parse_layers(layers, self.architecture.n_blocks)
         spec = self.build.extraction(pairs, method=method, site=site, read=read, chat=chat)
@@ -248,6 +268,19 @@ class SteeringRequests(SessionCore):
         """Directions by written block, made as a vector was, but of pairs whose sides are swapped at random.
 
         A vector that has another length than these pairs give, as a normalised one has, gives them the same factor.
+
+        Parameters
+        ----------
+        vector : SteeringVector
+            An extracted one.
+        pairs : iterable, pandas.DataFrame, str or os.PathLike
+            What it was made of.
+        n_shuffles : int
+            How many to make.
+        chat, progress
+            As in `extract`.
+        seed : int
+            Which sides are swapped.
         """
         if not vector.method:
             raise UserError(
@@ -273,7 +306,9 @@ class SteeringRequests(SessionCore):
 
     def _extract(self, spec: ExtractionSpec, title: str, progress: bool) -> ExtractionFinished:
         with progress_bar(title, shown=progress) as watch:
-            (*_, event), interrupted = self.events(spec, watch)
+            events, interrupted = self.events(spec, watch)
+        event = finished(events)
+        assert isinstance(event, ExtractionFinished)
         if interrupted or event.cancelled:
             raise Interrupted("extraction was stopped; no vector was made")
         return event

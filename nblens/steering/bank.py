@@ -239,7 +239,7 @@ def _edit_of(
 
 
 def _per_row(coefficients: Coefficients, rows: int) -> list[Coefficient]:
-    if np.ndim(coefficients) == 0:
+    if not isinstance(coefficients, (Sequence, np.ndarray)):
         coefficients = [coefficients] * rows
     if len(coefficients) != rows:
         raise ValueError(f"{len(coefficients)} coefficients for {rows} rows")

@@ -35,10 +35,14 @@ _SPLITS = {"dose_response": "in distribution", "out_of_distribution": "out of di
 class SteerabilityReport:
     """Steerability of one vector (Tan et al. 2024, arXiv 2407.12404) with its side effects and controls.
 
-    >>> report = session.steerability("cheerful", samples)       # doctest: +SKIP
-    >>> report.fitted.mean_slope, report.above_random            # doctest: +SKIP
-    (0.702, True)
-    >>> report.to_json("cheerful.json")                          # doctest: +SKIP
+    >>> from nblens.demo import corpus
+    >>> samples = corpus.behavior_samples("mood", "heldout", 4)
+    >>> report = session.steerability("cheerful", samples, n_random=2, neutral=[])
+    >>> report.n_samples, report.above_random
+    (4, True)
+    >>> text = report.to_json("cheerful.json")
+    >>> SteerabilityReport.load("cheerful.json").fitted.mean_slope == report.fitted.mean_slope
+    True
 
     Every slope is taken over the coefficients within `linear_limit`, those of the controls too. Slopes of the layers
     are over all coefficients: the limit was found after one of them was chosen.

@@ -18,7 +18,12 @@ Steering = Mapping[str, float] | Iterable[Steer] | None
 
 
 class VectorStore(MutableMapping[str, SteeringVector]):
-    """The steering vectors of a session, by name; only those that fit its model."""
+    """The steering vectors of a session, by name; only those that fit its model.
+
+    >>> session.vectors["gloomy"] = -session.vectors["cheerful"]
+    >>> list(session.vectors)
+    ['cheerful', 'gloomy']
+    """
 
     def __init__(self, n_blocks: int, d_model: int) -> None:
         self._n_blocks, self._d_model = n_blocks, d_model
@@ -95,8 +100,12 @@ class VectorStore(MutableMapping[str, SteeringVector]):
 class LiveSteering:
     """The live setting: what steers wherever `steer` is not given.
 
-    >>> session.steer({"cheerful": 1.5})       # doctest: +SKIP
-    >>> session.steer.off()                    # doctest: +SKIP
+    >>> session.steer({"cheerful": -1.5})
+    >>> session.generate("The summer was", 2).text
+    ' dreary.'
+    >>> session.steer.off()
+    >>> session.generate("The summer was", 2).text
+    ' quite great'
 
     A new coefficient takes effect at the next token of a run in progress. What is written in another way (layers,
     positions, operation) is so from the next run on, and off in the present one.

@@ -90,9 +90,13 @@ def _costs(report: SteerabilityReport) -> Rows:
         rows.append((f"λ within KL {short_number(report.kl_budget)}", f"{low} … {high}"))
     if (ratio := effects.perplexity_ratio) is not None:
         rows.append(("perplexity ratio", each(steered, lambda i: short_number(ratio[i]))))
+
+    def everywhere(shares: np.ndarray) -> str:
+        return each([*steered, *unsteered], lambda i: _hundredths(shares[i]))
+
     for n, shares in ((1, effects.distinct_1), (2, effects.distinct_2)):
         if shares is not None:
-            rows.append((f"distinct-{n}", each([*steered, *unsteered], lambda i, s=shares: _hundredths(s[i]))))
+            rows.append((f"distinct-{n}", everywhere(shares)))
     return rows
 
 

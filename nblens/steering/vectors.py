@@ -28,8 +28,12 @@ _VERSION = 1
 class SteeringVector:
     """A direction for every block of one site; raw, never silently normalised.
 
-    >>> v = session.extract("cheerful", pairs)         # doctest: +SKIP
-    >>> (v + 0.5 * other).normalized().save("v.safetensors")    # doctest: +SKIP
+    >>> vector = session.vectors["cheerful"]  # of session.extract("cheerful", pairs)
+    >>> vector.layers, vector.site
+    ((6,), 'resid_post')
+    >>> half = (0.5 * vector).at((5, 6))
+    >>> nblens.SteeringVector.load(half.save("half.safetensors")).norms == half.norms
+    True
 
     Arithmetic returns new vectors; `v.layers` are the blocks written when nothing else is asked for.
     """
@@ -142,7 +146,8 @@ class SteeringVector:
     def to_gguf(self, path: str | os.PathLike[str], *, model_hint: str | None = None) -> Path:
         """Write a control vector for llama.cpp (`--control-vector FILE`) and repeng.
 
-        >>> v.at((3, 4)).to_gguf("v.gguf", model_hint="llama")     # doctest: +SKIP
+        >>> session.vectors["cheerful"].at((3, 4)).to_gguf("cheerful.gguf", model_hint="llama").name
+        'cheerful.gguf'
 
         The blocks of `layers` are written, `direction.{block}` for the output of that block at coefficient 1, and
         every other field for `from_gguf`. A vector that such a file cannot describe is refused.
@@ -150,6 +155,7 @@ class SteeringVector:
         Parameters
         ----------
         path : str or os.PathLike
+            A name that ends in `.gguf`.
         model_hint : str, optional
             Family of the model, which llama.cpp ignores and repeng compares; else the `model_type` of `model` where
             its config is on this machine, else `model`.
@@ -178,7 +184,9 @@ class SteeringVector:
     def from_gguf(cls, path: str | os.PathLike[str], name: str | None = None) -> SteeringVector:
         """Read a control vector, written by `to_gguf`, by repeng's `export_gguf` or by llama.cpp; `name` renames it.
 
-        >>> session.vectors["happy"] = SteeringVector.from_gguf("happy.gguf")     # doctest: +SKIP
+        >>> path = session.vectors["cheerful"].to_gguf("cheerful.gguf")
+        >>> nblens.SteeringVector.from_gguf(path).norms.keys()
+        dict_keys([6])
 
         One from elsewhere is named after its file, and written at `resid_post` of every block that it has, to all
         tokens. Its `model` is the file's `model_hint`.
