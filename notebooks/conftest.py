@@ -1,16 +1,21 @@
-"""What nbval lets pass: a notebook that was never run, a stored error or widget state, a one-line UsageError.
+"""What nbval lets pass: a notebook that was never run, a stored error or widget state, a one-line UsageError, memory.
 
 nbval runs every notebook here and compares its outputs; this file adds one item per notebook, `as stored`, and a look
-at what each executed cell wrote to stderr. A cell tagged `raises-exception` may show an error.
+at what each executed cell wrote to stderr, and at how much memory its kernel has taken. A cell tagged
+`raises-exception` may show an error.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
+KERNEL_BYTES = 1_500_000_000
+"""What a kernel may take at its peak: a Binder machine has 2 GB, of which JupyterLab's server takes a few hundred MB."""
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -41,6 +46,13 @@ def is_usage_error(output: nbformat.NotebookNode) -> bool:
     return output.output_type == "stream" and output.name == "stderr" and "UsageError" in output.text
 
 
+def peak_bytes(pid: int) -> int:
+    """The most memory that a process has taken so far; where the system does not say, what it takes now."""
+    status = Path(f"/proc/{pid}/status")
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.M) if status.exists() else None
+    return 1024 * int(peak[1]) if peak else psutil.Process(pid).memory_info().rss
+
+
 class StoredNotebook(pytest.File):
     def collect(self) -> Iterator[pytest.Item]:
         yield AsStored.from_parent(self, name="as stored")
@@ -60,10 +72,21 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return StoredNotebook.from_parent(parent, path=file_path) if file_path.suffix == ".ipynb" else None
 
 
+def check_memory(item: Any) -> None:
+    """Fail a cell after which its kernel has taken more than a Binder machine has for it."""
+    peak = peak_bytes(item.parent.kernel.km.provisioner.pid)
+    if peak > KERNEL_BYTES:
+        item.raise_cell_error(
+            f"the kernel has taken {peak / 1e9:.2f} GB, more than the {KERNEL_BYTES / 1e9} GB that a Binder leaves it"
+        )
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: Any) -> Iterator[None]:
     result = yield
-    for output in getattr(item, "test_outputs", None) or []:  # only nbval's cells have it
+    if hasattr(item, "test_outputs"):  # only nbval's cells have it
+        check_memory(item)
+    for output in getattr(item, "test_outputs", None) or []:
         if is_usage_error(output) and not may_fail(item.cell):
             item.raise_cell_error(output.text.strip())
     return result
