@@ -94,6 +94,22 @@ def test_a_usage_error_on_execution_fails_unless_the_cell_is_tagged(tmp_path):
     assert "UsageError: Line magic function `%lense` not found." in printed
 
 
+def test_a_kernel_that_takes_more_than_a_binder_has_fails_its_cell(tmp_path):
+    cells = [
+        cell("import numpy as np", count=1),
+        cell(
+            "print(int(np.ones(200_000_000).sum()))", [new_output("stream", name="stdout", text="200000000\n")], count=2
+        ),
+    ]
+    write(tmp_path, "large", cells)
+    outcomes, printed = run_pytest(tmp_path, "--nbval", "--nbval-current-env")
+    assert outcomes["large.ipynb::Cell 0"] == "PASSED"
+    assert outcomes["large.ipynb::Cell 1"] == "FAILED"
+    assert re.search(r"the kernel has taken 1\.[67]\d GB, more than the 1\.5 GB that a Binder leaves it", printed), (
+        printed
+    )
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [

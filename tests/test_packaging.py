@@ -107,9 +107,106 @@ def test_binder_uses_the_same_python_pins_and_notebook():
     assert re.findall(r"torch==(\d[\d.]*)", build) == []  # read from constraints.txt, not written again
 
 
+@pytest.mark.parametrize("conda", ["has the build", "lacks the build", "is not there"])
+def test_binder_installs_a_cpu_build_of_torch_before_nblens(tmp_path, conda):
+    calls = tmp_path / "calls"
+    programs = {"python": f"echo python $@ >> {calls}"}
+    if conda != "is not there":
+        programs["mamba"] = f"echo mamba $@ >> {calls}; exit {int(conda == 'lacks the build')}"
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NB_PYTHON_PREFIX": "/srv/conda/envs/notebook"}
+    subprocess.run(["bash", ROOT / "binder" / "postBuild"], env=environment, check=True, capture_output=True, text=True)
+
+    torch = str(PINS["torch"].specifier).removeprefix("==")
+    by_conda = f"mamba install --yes --prefix /srv/conda/envs/notebook --channel conda-forge pytorch-cpu={torch}"
+    by_pip = "python -m pip install --no-cache-dir -c constraints.txt"
+    expected = [f"{by_pip} torch=={torch}", f"{by_pip} -e . jupyterlab"]
+    assert calls.read_text().splitlines() == ([by_conda] if "mamba" in programs else []) + expected
+
+
+def test_the_check_runs_what_binder_runs():
+    steps = (ROOT / ".ci" / "run").read_text()
+    assert re.findall(r'^run "(.*)"$', steps, re.M) == [
+        "pip install -c constraints.txt ruff",
+        "ruff format --check",
+        "ruff check",
+        "bash binder/postBuild",
+        "${open%%&&*}",
+        "$headless",
+        "${test%%&&*}",
+        "mypy",
+        "${test#*&&}",
+    ]
+    assert (ROOT / "binder" / "postBuild").stat().st_mode & 0o111
+    workflow = (ROOT / ".github" / "workflows" / "tests.yml").read_text()
+    assert "- run: bash .ci/run\n" in workflow
+    tested = re.findall(r'"(3\.\d+)"', workflow)
+    assert tested == ["3.11", "3.12", "3.13"]
+    assert all(Requirement(f"python{PROJECT['requires-python']}").specifier.contains(version) for version in tested)
+
+
 def test_every_file_the_readme_links_to_is_there():
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def results(name):
+    """The rows of every table of a page of results, as lists of cells."""
+    lines = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+def rows_of(name, first):
+    return [row for row in results(name) if row[0] == first]
+
+
+def peer(side):
+    """Cells of nblens and its peers in the README's table."""
+    (cells,) = [row for row in re.findall(r"^\| … (.*?) \|$", README, re.M) if row.startswith(side)]
+    return [cell.strip() for cell in cells.split("|")[1:]]
+
+
+def test_the_figures_in_prose_are_those_of_the_results():
+    less_memory = rows_of("lens_memory", "1500")[1][1]
+    speeds = rows_of("throughput", "1500")[1]
+    assert f"at 1,500 tokens the lens\n  on every block takes {less_memory} times less memory" in README
+    assert f"is {speeds[1]} times as fast as a naive loop, of which the KV cache alone is {speeds[2]} " in README
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert f"at 1,500 tokens {less_memory} times less" in page
+    assert f"at 1,500 tokens {speeds[1]} times the naive loop, of which the KV cache alone is {speeds[2]};" in page
+    paper = (ROOT / "notebooks" / "07_the_paper.ipynb").read_text()
+    assert f"at 1,500 we measure {speeds[1]}." in paper
+    assert f"which is worth {speeds[2]} at 1,500 tokens" in paper
+    (weights,) = [row[1] for row in results("memory_plan") if row[0] == "Llama-3.1-70B"]
+    assert f"has {weights} of weights" in README
+
+
+def test_the_table_of_peers_has_the_figures_of_the_results():
+    sides = ["nblens session 0.1.0", "nnsight 0.8.1", "TransformerLens 4.3.0"]
+    (loop,) = [row[3] for row in rows_of("peers", "loop")]
+    assert peer(f"time of the lens (a plain loop: {loop})")[:3] == [rows_of("peers", side)[0][3] for side in sides]
+    assert peer("memory beyond")[:3] == [rows_of("peers", side)[0][6] for side in sides]
+    steered = {row[0]: row[4] for row in results("peers") if row[1:2] == ["all blocks"]}
+    writing = peer("generation with a vector at all blocks")
+    assert [writing[0], *writing[3:]] == [
+        steered[side] for side in ("nblens 0.1.0", "steering-vectors 0.12.2", "repeng 0.4.0")
+    ]
+
+
+def test_the_readmes_ways_to_load_are_options_that_there_are():
+    from nblens.jupyter.arguments import LOAD
+
+    lines = re.findall(r"^%load_sharded (meta-llama\S+(?: \S+)*)", README, re.M)
+    assert len(lines) == 6
+    for line in lines:
+        (model,) = LOAD.parse_line(line).words
+        assert model == "meta-llama/Llama-3.1-70B"
+
+
+def test_type_checkers_find_the_annotations():
+    assert (Path(nblens.__file__).parent / "py.typed").exists()
 
 
 def test_contributing_maps_every_module():
