@@ -30,16 +30,30 @@ __all__ = [
     "UserError",
     "VectorMismatchError",
     "WorkerError",
+    "escaped",
     "first_line",
+    "shown",
 ]
 
 
 class NblensError(Exception):
-    """Base of every error that nblens raises on purpose."""
+    """Base of every error that nblens raises on purpose.
+
+    Messages quote what others wrote, such as tokens and names of files: characters that a terminal would act on or
+    not show stand as their escapes.
+    """
+
+    _layout = "\n"
+    """what is left of a message's layout"""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(escaped(str(message), self._layout))
 
 
 class UserError(NblensError, ValueError):
-    """A mistake in what was asked for: the message names the value and what would do."""
+    """A mistake in what was asked for: the message, one line, names the value and what would do."""
+
+    _layout = ""
 
 
 class NoModelError(UserError):
@@ -54,6 +68,8 @@ class DoesNotFitError(UserError):
     plan : nblens.Plan
         What each device would have to hold, and settings that would fit.
     """
+
+    _layout = "\n"
 
     def __init__(self, message: str, plan: Any = None) -> None:
         super().__init__(message)
@@ -99,3 +115,17 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """What an error says, cut to one line, for a message that quotes it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def shown(value: object) -> str:
+    """A value for a message: its repr, cut where it is long, its type where it has none."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; what holds itself too deeply
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def escaped(text: str, kept: str = "") -> str:
+    """Text with every character that a terminal acts on or does not show as its escape, but for those `kept`."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 
 __all__ = ["format_layers", "parse_layers"]
 
-_RANGE = re.compile(r"(-?\d+)?\s*-\s*(-?\d+)?")
-_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?\d+)?)?")
+_INDEX = r"(-?[0-9]{1,9})"
+_RANGE = re.compile(rf"{_INDEX}?\s*-\s*{_INDEX}?")
+_SLICE = re.compile(rf"{_INDEX}?:{_INDEX}?(?::{_INDEX}?)?")
 
 
 def parse_layers(spec: Any, n_blocks: int) -> tuple[int, ...]:
@@ -37,9 +39,12 @@ def parse_layers(spec: Any, n_blocks: int) -> tuple[int, ...]:
     UserError
         The spec cannot be read, names a block that is not there, or names none.
     """
-    blocks = sorted(set(_resolve(range(n_blocks) if spec is None else spec, n_blocks)))
+    try:
+        blocks = sorted(set(_resolve(range(n_blocks) if spec is None else spec, n_blocks)))
+    except RecursionError:
+        raise UserError(f"layers {shown(spec)} hold themselves") from None
     if not blocks:
-        raise UserError(f"layers {spec!r} name no block; the model has blocks 0-{n_blocks - 1}")
+        raise UserError(f"layers {shown(spec)} name no block; the model has blocks 0-{n_blocks - 1}")
     return tuple(blocks)
 
 
@@ -63,23 +68,31 @@ def _resolve(spec: Any, n_blocks: int) -> Iterable[int]:
         return [block for item in spec.split(",") for block in _resolve_item(item.strip(), spec, n_blocks)]
     if isinstance(spec, slice):
         if spec.step == 0:
-            raise UserError(f"layers {spec!r}: the step must not be 0")
-        return range(n_blocks)[spec]
-    if isinstance(spec, Iterable):
-        return [block for item in spec for block in _resolve(item, n_blocks)]
+            raise UserError(f"layers {shown(spec)}: the step must not be 0")
+        try:
+            return range(n_blocks)[spec]
+        except TypeError:
+            raise UserError(f"layers {shown(spec)}: the ends of a slice are whole numbers") from None
     try:
-        return [_checked(spec.__index__(), n_blocks)]
-    except AttributeError:
-        raise UserError(f'layers {spec!r} cannot be read; give an int, a slice or a string such as "0-4,-1"') from None
+        return [_checked(operator.index(spec), n_blocks)]
+    except TypeError:
+        pass
+    try:
+        items = list(spec)
+    except TypeError:
+        raise UserError(
+            f'layers {shown(spec)} cannot be read; give an int, a slice or a string such as "0-4,-1"'
+        ) from None
+    return [block for item in items for block in _resolve(item, n_blocks)]
 
 
 def _resolve_item(item: str, spec: str, n_blocks: int) -> Iterable[int]:
-    if re.fullmatch(r"-?\d+", item):
+    if re.fullmatch(_INDEX, item):
         return [_checked(int(item), n_blocks)]
     if match := _SLICE.fullmatch(item):
         start, stop, step = (int(part) if part else None for part in match.groups())
         if step == 0:
-            raise UserError(f"layers {spec!r}: the step of {item!r} must not be 0")
+            raise UserError(f"layers {shown(spec)}: the step of {shown(item)} must not be 0")
         return range(n_blocks)[start:stop:step]
     if match := _RANGE.fullmatch(item):
         first, last = match.groups()
@@ -87,10 +100,10 @@ def _resolve_item(item: str, spec: str, n_blocks: int) -> Iterable[int]:
             start = _checked(int(first or 0), n_blocks)
             stop = _checked(int(last) if last else n_blocks - 1, n_blocks)
             return range(start, stop + 1)
-    raise UserError(f'layers {spec!r}: cannot read {item!r}; write for example "0-4,10,-1" or "::4"')
+    raise UserError(f'layers {shown(spec)}: cannot read {shown(item)}; write for example "0-4,10,-1" or "::4"')
 
 
 def _checked(layer: int, n_blocks: int) -> int:
     if not -n_blocks <= layer < n_blocks:
-        raise UserError(f"layer {layer} is out of range; the model has blocks 0-{n_blocks - 1}")
+        raise UserError(f"layer {shown(layer)} is out of range; the model has blocks 0-{n_blocks - 1}")
     return layer % n_blocks

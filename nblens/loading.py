@@ -9,16 +9,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line
+from nblens.errors import DoesNotFitError, NoModelError, UserError
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
-from nblens.planning.checkpoint import DEMO_MODEL, read_config, source_of
+from nblens.planning.checkpoint import DEMO_MODEL, check_files, read_by_libraries, read_config, source_of
 from nblens.planning.devices import is_description, limits_here
 from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
@@ -113,11 +112,9 @@ def load(
     source = source_of(model)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = read_config(model, **where)
-    try:
+    with read_by_libraries(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
-    _check_files(source)
+    check_files(source)
     tp = tensor_ranks(tp, ep)
     check_parallel(config, tp=tp, pp=pp, ep=ep)
     spread = tp > 1 or pp > 1
@@ -234,13 +231,16 @@ def _make_current(session: Session) -> Session:
 
 def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     """The model with its weights, in this process."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise UserError(f"cannot load {name!r}: {first_line(error)}") from error
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    with read_by_libraries(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        # transformers would fill them with random numbers
+        raise UserError(f"cannot load {name!r}: its files lack {len(missing)} of its weights, such as {missing[0]}")
+    return model
 
 
 def _check_spread(spread: bool, **refused: Any) -> None:
@@ -257,24 +257,6 @@ def _check_spread(spread: bool, **refused: Any) -> None:
 def _runs_here(ray: str | None) -> bool:
     """Whether the ranks share this machine's devices, whose memory is known."""
     return ray is None and not os.environ.get("RAY_ADDRESS")
-
-
-def _check_files(source: str) -> None:
-    """Refuse a folder with damaged weights, or none, while the model before is still loaded."""
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(source).is_dir():
-        return
-    files = [p for p in Path(source).iterdir() if p.suffix in (".safetensors", ".bin")]
-    try:
-        for path in files:
-            if path.suffix == ".safetensors":
-                with safe_open(path, framework="np"):
-                    pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot load {source!r}: {path.name} is damaged: {first_line(error)}") from error
-    if not files:
-        raise UserError(f"cannot load {source!r}: it holds no weights (*.safetensors)")
 
 
 @contextmanager

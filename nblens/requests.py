@@ -17,7 +17,7 @@ from nblens.lens.store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers, n_shared
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, chat_text, check_ids, encode, single_token
+from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids, encode, single_token
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
@@ -245,6 +245,7 @@ class RequestBuilder:
         """A prompt, in its chat template or as it is, directly followed by an answer."""
         if not chat:
             return self._ids(prompt + answer, chat=False)
+        check_characters("the prompt", prompt + answer)
         ids = self.tokenizer(chat_text(self.tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
         check_ids(ids, self.architecture.vocab_size, self.context)
         return tuple(ids)

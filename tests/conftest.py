@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from family_outcomes import OUTCOMES
+from hypothesis import settings
 from tiny_models import tiny_tokenizer
 
 import nblens
@@ -15,6 +16,11 @@ from nblens.errors import first_line
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
 from nblens.specs import Event, RunSpec
+
+# The same examples in every run; `--hypothesis-profile=long --timeout=0` draws new ones, and many more of them.
+settings.register_profile("bounded", deadline=None, derandomize=True, database=None)
+settings.register_profile("long", deadline=None, max_examples=5_000, print_blob=True)
+settings.load_profile("bounded")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

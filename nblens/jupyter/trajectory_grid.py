@@ -14,7 +14,7 @@ import numpy as np
 import traitlets
 
 from nblens.appearance import Scale, cell_values
-from nblens.errors import UserError, first_line
+from nblens.errors import UserError, escaped, first_line
 from nblens.jupyter.assets import script, style
 from nblens.jupyter.grid_export import EXPORTS, export
 from nblens.jupyter.grid_payload import Vocabulary, encode_columns
@@ -185,7 +185,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         site = self._sites[0]
         size = f"{site.base.n_layers} layers × {self.n_tokens} tokens"
         names = ", ".join(site.name for site in self._sites)
-        return f"TrajectoryGrid({size} at {names}, {site.base.model})"
+        return escaped(f"TrajectoryGrid({size} at {names}, {site.base.model})")
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """The live widget, and for what cannot show it a picture, a table and a line of text."""

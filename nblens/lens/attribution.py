@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nblens.errors import UserError
+from nblens.errors import UserError, escaped
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
 from nblens.model.frozen_tail import FrozenTail
@@ -86,7 +86,7 @@ class Attribution:
         return plots.attribution_bars(self, position)
 
     def __repr__(self) -> str:
-        return (
+        return escaped(
             f"Attribution({len(self.layers)} layers × {len(self.tokens)} tokens × {len(self.target_ids)} targets, "
             f"{self.model})"
         )

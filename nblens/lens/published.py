@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from nblens.errors import FileFormatError, UserError
-from nblens.files import read_safetensors
+from nblens.errors import FileFormatError, UserError, first_line
+from nblens.files import plain_file, read_safetensors
 from nblens.lens.translators import Lens
 
 __all__ = ["lens_file", "read_published"]
@@ -36,7 +36,7 @@ def read_published(path: str | os.PathLike[str], name: str | None = None) -> Len
     """
     path = Path(path)
     file = lens_file(path)
-    if file is None and path.is_dir():
+    if file is None and os.path.isdir(path):
         raise FileFormatError(f"{path} is no lens: it holds neither {_PARAMS} (tuned-lens) nor {_JACOBIAN} (jlens)")
     content = _content(Path(file or path))
     config = _config(path / _CONFIG) if file == os.path.join(path, _PARAMS) else None
@@ -89,9 +89,10 @@ def _of_width(lens: Lens, d_model: int) -> Lens:
 
 def _config(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        with plain_file("read", path):
+            config = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged: {error}") from error
     return _mapping(config, path)
@@ -102,15 +103,14 @@ def _content(path: Path) -> Mapping[str, Any]:
     if path.suffix == ".safetensors":
         arrays, metadata = read_safetensors(path)
         return {**metadata, **{key: torch.from_numpy(array) for key, array in arrays.items()}}
-    try:
-        return _mapping(torch.load(path, map_location="cpu", weights_only=True), path)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except FileFormatError:
-        raise
-    except Exception as error:  # the unpickler passes on whatever a damaged file makes it stumble over
-        reason = str(error).strip().split("\n")[0][:120]
-        raise FileFormatError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+    with plain_file("read", path):
+        try:
+            return _mapping(torch.load(path, map_location="cpu", weights_only=True), path)
+        except (OSError, FileFormatError):
+            raise
+        except Exception as error:  # the unpickler passes on whatever a damaged file makes it stumble over
+            reason = first_line(error)[:120]
+            raise FileFormatError(f"{path} is damaged, or holds more than tensors: {reason}") from error
 
 
 def _mapping(content: object, path: Path) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError
+from nblens.errors import FileFormatError, UserError, escaped
 from nblens.files import read_safetensors, replace_file, write_safetensors
 from nblens.layers import format_layers
 from nblens.lens.export import as_frame, as_json
@@ -34,6 +34,7 @@ AGAINST = ("final", "next", "target")
 
 _FORMAT = "nblens.trajectory"
 _VERSION = 1
+_ROUNDING = 0.01  # nats that the logarithm of a probability of 1 may lie above 0, in any precision
 _PER_TOKEN = ("token_ids", "next_ids")
 _PER_CELL = ("entropy", "kl_to_final", "next_logprob", "next_rank")
 _PER_CELL_MANY = ("top_ids", "top_logprobs", "target_logprobs", "target_ranks")
@@ -109,8 +110,9 @@ class Trajectory(Shown):
         for name, values, kind in (("tokens", self.tokens, str), ("layers", self.layers, int)):
             if not all(isinstance(value, kind) for value in values):
                 raise ValueError(f"{name} must be {kind.__name__}s, got {values[:3]}")
-        if not isinstance(self.n_blocks, int):
-            raise ValueError(f"n_blocks must be an int, got {self.n_blocks!r}")
+        for name, kind in (("n_blocks", int), ("prompt_length", int), ("site", str), ("model", str), ("lens", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
 
     @property
     def n_layers(self) -> int:
@@ -262,6 +264,9 @@ class Trajectory(Shown):
             plain: dict[str, Any] = json.loads(metadata["fields"])
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
+            for name in ("top_logprobs", "next_logprob", "target_logprobs"):
+                if (arrays[name] > _ROUNDING).any():
+                    raise ValueError(f"{name} holds a probability above 1")
             plain |= {name: arrays[name] for name in _array_names()}
             return cls(**plain)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -316,7 +321,7 @@ class Trajectory(Shown):
         return self.layers.index(block)
 
     def __repr__(self) -> str:
-        return (
+        return escaped(
             f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.reading}, "
             f"top {self.top_ids.shape[-1]}, {self.model})"
         )

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from nblens.errors import FileFormatError, UserError
+from nblens.errors import FileFormatError, UserError, escaped
 from nblens.files import read_safetensors, write_safetensors
 from nblens.layers import format_layers
 from nblens.specs import LENS_KINDS, LensTensors
@@ -188,7 +188,7 @@ class Lens:
         """
         from nblens.lens.published import read_published
 
-        if Path(path).is_dir() or Path(path).suffix in (".pt", ".pth"):
+        if os.path.isdir(path) or Path(path).suffix in (".pt", ".pth"):
             return read_published(path, name)
         arrays, metadata = read_safetensors(path)
         if "format" not in metadata and "J" in arrays:
@@ -210,7 +210,8 @@ class Lens:
         if self.kl_before and self.kl_after:
             before, after = (sum(kl.values()) / len(kl) for kl in (self.kl_before, self.kl_after))
             gain = f", held-out KL {before:.3g} → {after:.3g} nats"
-        return f"Lens({self.name!r}, {self.kind}, {len(self.weights)} depths × {self.d_model}{origin}{fitted}{gain})"
+        depths = f"{len(self.weights)} depths × {self.d_model}"
+        return escaped(f"Lens({self.name!r}, {self.kind}, {depths}{origin}{fitted}{gain})")
 
 
 def _from_fields(arrays: Mapping[str, Any], plain: dict[str, Any], name: str | None) -> Lens:

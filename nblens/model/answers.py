@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nblens.errors import UserError
-from nblens.model.tokens import chat_text, check_ids
+from nblens.model.tokens import chat_text, check_characters, check_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,8 @@ def encode_answers(
         raise UserError("where an answer begins is read from token offsets, and this model's slow tokenizer has none")
     if missing := [answer for answer in answers if not isinstance(answer, str) or not answer]:
         raise UserError(f"an answer must be text, got {missing[0]!r}")
+    for what, text in (("the prompt", prompt), *(("an answer", answer) for answer in answers)):
+        check_characters(what, text)
     differ = n_shared(answers)
     if short := [answer for answer in answers if len(answer) <= differ]:
         raise UserError(f"answer {short[0]!r} is the beginning of the other, or the same; where they part is unknown")

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenTexts", "as_prompts", "chat_text", "check_ids", "encode", "single_token"]
+__all__ = ["TokenTexts", "as_prompts", "chat_text", "check_characters", "check_ids", "encode", "single_token"]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -72,6 +72,8 @@ def encode(
     UserError
         The prompt is empty, too long, holds unknown ids, or there is no chat template.
     """
+    if isinstance(prompt, str):
+        check_characters("the prompt", prompt)
     if isinstance(prompt, list):
         ids = prompt
     elif chat:
@@ -82,6 +84,14 @@ def encode(
         ids = tokenizer(prompt)["input_ids"]
     check_ids(ids, vocab_size, room)
     return tuple(ids)
+
+
+def check_characters(what: str, text: str) -> None:
+    """Raise `UserError` where text holds a lone surrogate, which has no UTF-8 and no tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} holds half of a character: {shown(text)}") from None
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, room: int | None) -> None:
@@ -132,6 +142,7 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
         return int(text)
     if not text:
         raise UserError("a target is empty; give the text of one token, or its id")
+    check_characters("a target", text)
     for candidate in (text, f" {text}", text.lstrip(" ")):
         pieces = tokenizer(candidate, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:

@@ -210,6 +210,11 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(f"{config.model_type}: {first_line(error)}") from error
+    except Exception as error:  # transformers passes on whatever a strange configuration makes it stumble over
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnsupportedModelError(
+            f"{config.model_type}: no model can be built of its configuration ({reason})"
+        ) from error
     if getattr(config, "num_experts_per_tok", None) is not None:
         # the other ways to run experts look at numbers, of which there are none here
         model.set_experts_implementation("batched_mm")

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import UserError, first_line
+from nblens.errors import NblensError, UserError, first_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["DEMO_MODEL", "Headers", "checkpoint_dtype", "read_config", "read_headers", "source_of"]
+__all__ = [
+    "DEMO_MODEL",
+    "Headers",
+    "check_files",
+    "checkpoint_dtype",
+    "read_by_libraries",
+    "read_config",
+    "read_headers",
+    "source_of",
+]
 
 DEMO_MODEL = "nblens-demo"
 """Name of the model that comes with nblens."""
 
+_MOST_BLOCKS = 1_000
+"""Building a model of what a hostile configuration asks for would never end."""
+
 Headers = dict[str, tuple[str, int]]
 """tensor → (safetensors' name of its dtype, bytes)"""
 
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
@@ -39,10 +55,60 @@ def read_config(model: str | None, *, revision: str | None = None, trust_remote_
     """
     from transformers import AutoConfig
 
+    with read_by_libraries(model):
+        config = AutoConfig.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+        n_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+        if n_blocks is not None and not 1 <= n_blocks <= _MOST_BLOCKS:
+            raise ValueError(f"its configuration asks for {shown(n_blocks)} blocks; at most {_MOST_BLOCKS}")
+    return config
+
+
+@contextmanager
+def read_by_libraries(model: str | None) -> Iterator[None]:
+    """Have libraries read files of a model inside; whatever damaged files make them stumble over is a `UserError`."""
     try:
-        return AutoConfig.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+        yield
+    except NblensError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {model!r}: {first_line(error)}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"cannot load {model!r}: a file of it is damaged, or of another kind ({reason:.200})"
+        ) from error
+
+
+def check_files(source: str) -> None:
+    """Refuse a folder with damaged weights, pickled ones, or none, without reading them.
+
+    Raises
+    ------
+    UserError
+        The file, and what is wrong with it.
+    """
+    from transformers import GenerationConfig
+
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    weights = sorted(folder.glob("*.safetensors"))
+    _local_headers(weights)
+    if not weights:
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
+        if pickled:
+            raise UserError(
+                f"cannot load {source!r}: its weights are pickled ({pickled[0]}), and to read such a file can run code "
+                "that it brings; take a copy with *.safetensors"
+            )
+        raise UserError(f"cannot load {source!r}: it holds no weights (*.safetensors)")
+    with read_by_libraries(source):
+        for index in folder.glob("*.safetensors.index.json"):
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if strange := sorted(shard for shard in shards if (folder / shard) not in weights):
+                raise ValueError(f"{index.name} names {strange[0]!r}, which is none of its *.safetensors")
+        if (folder / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(source)
 
 
 def read_headers(source: str, revision: str | None = None) -> Headers | None:

@@ -130,7 +130,7 @@ def _families(first: str) -> list[str]:
 
 def drawable(text: str) -> str:
     """The text with ▯ for what no font here can draw, so that matplotlib has no glyph to warn about."""
-    return "".join(c if c.isascii() or _has_glyph(c) else "▯" for c in text)
+    return "".join(c if c.isascii() or _has_glyph(c) else "▯" for c in text.expandtabs(4))
 
 
 @cache

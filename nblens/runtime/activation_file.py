@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from math import prod
@@ -20,7 +19,7 @@ from typing import Self
 import torch
 
 from nblens.errors import UserError
-from nblens.files import umask
+from nblens.files import plain_file, temporary_beside, umask
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
 
@@ -118,17 +117,13 @@ class ActivationFile:
         self._data = open(self._temporary, "r+b")  # noqa: SIM115  lives as long as the run
 
     def _reserve(self, size: int) -> Path:
-        try:
+        with plain_file("write", self._path):
             free = shutil.disk_usage(self._path.parent).free
             if 2 * size > free:  # the data, and the finished file while it is made of it
                 raise UserError(
                     f"cannot write {self._path}: it takes {2 * size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
                 )
-            if self._path.is_dir():
-                raise UserError(f"cannot write {self._path}: it is a folder")
-            handle, temporary = tempfile.mkstemp(dir=self._path.parent, prefix=f".{self._path.name}.")
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
+            handle, temporary = temporary_beside(self._path)
         os.close(handle)
         return Path(temporary)
 

@@ -5,6 +5,7 @@ What comes and goes is pickled here, not by Ray, whose arrays would be read-only
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import pickle
 import queue
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import ray
 import torch
 
@@ -101,26 +103,31 @@ class Rank:
         self._done = -1
         self._engine: Engine | None = None
         self._reporter = Reporter()
+        self._meeting: socket.socket | None = None
         if not torch.cuda.is_available():
             torch.set_num_threads(threads)
 
-    def address(self) -> str:
-        """Where the ranks may meet: rank 0 is asked."""
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: rank 0 is asked, and listens there, at its own address alone."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as one:
-            one.bind(("", 0))
-            return f"tcp://{host}:{one.getsockname()[1]}"
+        self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return host, self._meeting.getsockname()[1]
 
-    def join(self, address: str) -> None:
+    def join(self, address: tuple[str, int]) -> None:
         """Meet the other ranks; waits for all of them."""
         from torch import distributed
 
+        host, port = address
         # each rank sees one device alone, whatever its number on the node
         os.environ |= {"RANK": str(self._rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self._size)}
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        distributed.init_process_group(
-            backend, init_method=address, rank=self._rank, world_size=self._size, timeout=_PATIENCE
+        if ipaddress.ip_address(host).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(host))
+        listening: dict[str, Any] = {} if self._meeting is None else {"master_listen_fd": self._meeting.detach()}
+        store = distributed.TCPStore(
+            host, port, self._size, is_master=self._rank == 0, timeout=_PATIENCE, wait_for_workers=False, **listening
         )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._size, timeout=_PATIENCE)
         self._ranks = Ranks(distributed.new_group(backend="gloo", timeout=_PATIENCE), self._rank, self._size)
 
     def load(self, order: LoadOrder) -> Joined | Failure:
@@ -197,7 +204,7 @@ class Rank:
         began = time.perf_counter()
         spread = DistributedConfig(tp_size=order.tp, pp_size=order.pp, ep_size=order.ep)
         model = AutoModelForCausalLM.from_pretrained(
-            order.source, dtype=dtype, distributed_config=spread, **order.where
+            order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.where
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)
         self._engine = Engine(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks)
@@ -232,6 +239,12 @@ class Rank:
         if own is None:
             message += "\n" + "\n".join(lines[-_LINES:-1])
         return Failure(self._rank, time.time(), message, own)
+
+
+def _interface(host: str) -> str:
+    """Name of the network interface that has an address."""
+    found = psutil.net_if_addrs()
+    return next(name for name, addresses in found.items() if any(one.address == host for one in addresses))
 
 
 def _checked(spec: Request) -> Request:

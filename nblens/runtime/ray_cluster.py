@@ -11,11 +11,13 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import ray
+from ray._private import ray_constants as constants
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -348,14 +350,30 @@ def _connect(address: str | None, size: int) -> bool:
     if ray.is_initialized():
         return False
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    alone = address == "local"
     own: dict[str, Any] = {}
-    if address == "local":
+    if alone:
         own = {"num_cpus": max(size, os.cpu_count() or 1), "include_dashboard": False}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        with _loopback() if alone else nullcontext():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address!r}: {first_line(error)}") from error
     return True
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Let a cluster that begins inside be reached from this machine alone, as Ray does on macOS and Windows.
+
+    On Linux it would listen on every interface; whoever can talk to it can run code here. An address of 127.0.0.1 in
+    `ray.init` is replaced by that of the network.
+    """
+    before, constants.ENABLE_RAY_CLUSTER = constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
 
 
 def _death(rank: int, error: Exception) -> Failure:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import Interrupted, NoModelError, UserError
+from nblens.errors import Interrupted, NoModelError, UserError, escaped
 from nblens.evaluation.neutral import NEUTRAL_TEXTS
 from nblens.lens.store import LensStore
 from nblens.lens.translators import LOGIT, Lens
@@ -97,7 +97,7 @@ class SessionCore:
         if self.backend is None:
             return "Session(unloaded)"
         devices = ", ".join(share.device for share in self.placement.devices)
-        return (
+        return escaped(
             f"Session({self.placement.model}, {self.architecture.n_blocks} blocks × {self.architecture.d_model}, "
             f"{self.placement.dtype} on {devices})"
         )

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from nblens.errors import FileFormatError, UserError, first_line
-from nblens.files import replace_file
+from nblens.files import plain_file, replace_file
 
 __all__ = ["ControlVector", "model_family", "read_control_vector", "write_control_vector"]
 
@@ -86,15 +86,14 @@ def read_control_vector(path: str | os.PathLike[str]) -> ControlVector:
         The file is damaged, or is no control vector.
     """
     gguf = _library()
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"cannot read {path}: it is {'a folder' if os.path.isdir(path) else 'no plain file'}")
-    try:
-        with np.errstate(over="raise"):
-            return _read(_bounded(gguf)(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # gguf passes on whatever a damaged file makes it stumble over
-        raise FileFormatError(f"{path} is not a sound control vector: {first_line(error)[:200]}") from error
+    with plain_file("read", path):
+        try:
+            with np.errstate(over="raise"):
+                return _read(_bounded(gguf)(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
+        except (FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:  # gguf passes on whatever a damaged file makes it stumble over
+            raise FileFormatError(f"{path} is not a sound control vector: {first_line(error)[:200]}") from error
 
 
 def model_family(model: str) -> str:

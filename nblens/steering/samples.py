@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nblens.errors import FileFormatError, UserError, first_line
+from nblens.files import plain_file
+from nblens.model.tokens import check_characters
 
 __all__ = ["Pair", "Sample", "as_pairs", "as_samples", "balanced", "letter_of"]
 
@@ -202,10 +204,7 @@ def _check_text(what: str, text: Any) -> None:
     if isinstance(text, str):
         if not text:
             raise UserError(f"{what} is empty")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{what} holds half of a character: {_short(ascii(text))}") from None
+        check_characters(what, text)
     elif not hasattr(text, "__len__") or isinstance(text, (bytes, Mapping)):
         raise UserError(f"{what} must be text, got {_short(text)}")
 
@@ -225,10 +224,10 @@ def _short(value: Any) -> str:
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() not in _KINDS:
         raise UserError(f"pairs are read from {', '.join(_KINDS)} files; got {_short(str(path))}")
+    with plain_file("read", path):
+        content = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileFormatError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"

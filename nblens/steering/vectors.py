@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError, VectorMismatchError, first_line
+from nblens.errors import FileFormatError, UserError, VectorMismatchError, escaped, first_line
 from nblens.files import read_safetensors, write_safetensors
 from nblens.layers import format_layers
 from nblens.specs import STEER_OPS, check_write
@@ -89,11 +89,11 @@ class SteeringVector:
     @property
     def norms(self) -> dict[int, float]:
         """Euclidean norm per block."""
-        return {block: float(np.linalg.norm(d)) for block, d in self.directions.items()}
+        return {block: _norm(d) for block, d in self.directions.items()}
 
     def normalized(self) -> SteeringVector:
         """The same directions with norm 1 at every block; a zero direction stays zero."""
-        return self._map(lambda d: d / (np.linalg.norm(d) or 1.0))
+        return self._map(lambda d: d / (_norm(d) or 1.0))
 
     def at(self, layers: tuple[int, ...]) -> SteeringVector:
         """The same vector, written at other blocks by default."""
@@ -268,10 +268,15 @@ class SteeringVector:
         norms = [self.norms[block] for block in self.layers]
         span = f"{min(norms):.2f}" if len(set(norms)) == 1 else f"{min(norms):.2f}-{max(norms):.2f}"
         origin = f", {self.method} of {self.n_pairs} pairs read at {self.read}" if self.method else ""
-        return (
+        return escaped(
             f"SteeringVector({self.name!r}, {self.site} of block {format_layers(self.layers)}, "
             f"norm {span}{origin}, {len(self.directions)} × {self.d_model})"
         )
+
+
+def _norm(direction: np.ndarray) -> float:
+    # in float32 the squares of a direction that fits would not
+    return float(np.linalg.norm(direction.astype(np.float64)))
 
 
 def _is_gguf(path: str | os.PathLike[str]) -> bool:

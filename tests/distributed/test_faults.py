@@ -1,5 +1,6 @@
 """What several processes do when something goes wrong, and that they change course at the same step."""
 
+import ipaddress
 import logging
 import os
 import signal
@@ -96,21 +97,50 @@ def script(source):
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(source)],
         env=environment | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def test_nothing_is_left_of_a_kernel_that_was_killed():
+@pytest.fixture(scope="module")
+def kernel():
+    """A process with a model over two ranks on a cluster of its own."""
     kernel = script("""
-        import time
+        import sys
         import nblens
         nblens.load(tp=2)
         print("loaded", flush=True)
-        time.sleep(60)
+        sys.stdin.read()
     """)
     assert kernel.stdout.readline() == "loaded\n", kernel.stderr.read()
+    yield kernel
+    kernel.kill()
+    kernel.communicate()
+
+
+def test_a_cluster_of_our_own_is_reached_from_this_machine_alone_and_with_its_token(kernel):
+    me = psutil.Process(kernel.pid)
+    processes = [me, *me.children(recursive=True)]
+    listening = [
+        (ipaddress.ip_address(connection.laddr.ip), process.name())
+        for process in processes
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 5
+    open_to_others = [
+        (str(address), name)
+        for address, name in listening
+        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    ]
+    assert open_to_others == []
+    (server,) = [process for process in processes if "gcs_server" in process.name()]
+    assert server.environ()["RAY_AUTH_MODE"] == "token"
+
+
+def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
     processes = psutil.Process(kernel.pid).children(recursive=True)
     assert len([process for process in processes if "Rank" in " ".join(process.cmdline())]) == 2
     kernel.kill()

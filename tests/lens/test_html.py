@@ -334,7 +334,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr("os.replace", fail)
     for obj in (made_up(3, 4), SiteTrajectories(a=made_up(3, 4))):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left"):
             obj.to_html(path)
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 

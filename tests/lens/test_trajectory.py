@@ -245,7 +245,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         trajectory_of(model="another").save(path)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [old]
 

@@ -93,7 +93,7 @@ def test_files_of_every_kind_are_read(tmp_path, bom, as_text):
         ([Sample("p", 3, "b")], "pair 1: the positive text must be text, got 3"),
         ([Sample("p", [3], "b")], "pair 1: the positive must be text, got [3]"),
         ([{"prompt": 3, "positive": "a", "negative": "b"}], "pair 1: the prompt must be text, got 3"),
-        ([("a", "b\ud800")], "pair 1: the negative text holds half of a character: \"'b\\\\ud800'\""),
+        ([("a", "b\ud800")], "pair 1: the negative text holds half of a character: 'b\\ud800'"),
         (("a", "b"), "pair 1 must be (positive text, negative text), got 'a'"),
         (Sample("p", "a", "b"), "give a list of pairs, or the path of a file; got Sample"),
         ({"positive": "a", "negative": "b"}, "give a list of pairs, or the path of a file; got dict"),
@@ -155,7 +155,7 @@ def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="cannot read .*gone.csv: No such file"):
         as_pairs(tmp_path / "gone.csv")
     (tmp_path / "folder.csv").mkdir()
-    with pytest.raises(UserError, match="cannot read .*folder.csv: Is a directory"):
+    with pytest.raises(UserError, match="cannot read .*folder.csv: it is a folder"):
         as_pairs(tmp_path / "folder.csv")
 
 

@@ -1,0 +1,206 @@
+"""Checkpoints of strangers: no code of theirs runs, nothing pickled is read, and damage leaves the model before."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from hostile import RUN, TOKENS, Bomb, bounded, value_or_line
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import prompt_ids, tiny_model, tiny_tokenizer
+
+import nblens
+from nblens import DoesNotFitError, NblensError, UnsupportedModelError, UserError
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sound")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(sound, tmp_path):
+    """A copy of a sound checkpoint, to be spoilt."""
+    return shutil.copytree(sound, tmp_path / "model")
+
+
+@pytest.fixture
+def before(attach):
+    """The model that is loaded already, and must stay it."""
+    RUN.clear()
+    session = attach(tiny_model("llama"))
+    expected = session.generate(prompt_ids(5), 3).token_ids
+    yield session
+    assert RUN == []
+    assert nblens.current() is session
+    assert session.generate(prompt_ids(5), 3).token_ids == expected
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def refused(folder, **options):
+    with pytest.raises(NblensError) as error:
+        nblens.load(str(folder), **options)
+    if not isinstance(error.value, DoesNotFitError):
+        assert str(error.value).isprintable()
+    return str(error.value)
+
+
+def test_code_of_a_model_runs_only_where_it_is_asked_for_and_each_time_anew(before, folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = "from transformers import PretrainedConfig\n\n\nclass Own(PretrainedConfig):\n    model_type = 'own'\n"
+    (folder / "own.py").write_text(f"import os\nos.environ['NBLENS_RAN'] = 'ran'\n{own}")
+    change_config(folder, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    monkeypatch.delenv("NBLENS_RAN", raising=False)
+    assert "custom code" in refused(folder)
+    assert "NBLENS_RAN" not in os.environ
+    with pytest.raises(NblensError):  # the code runs, and then is no model
+        nblens.load(str(folder), trust_remote_code=True)
+    assert os.environ["NBLENS_RAN"] == "ran"
+    monkeypatch.delenv("NBLENS_RAN")
+    assert "custom code" in refused(folder)
+    with pytest.raises(UserError, match="custom code"):
+        nblens.plan(str(folder))
+    assert "NBLENS_RAN" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_refused_before_they_are_read(before, folder, name, monkeypatch):
+    os.remove(folder / "model.safetensors")
+    torch.save({"a": Bomb()}, folder / name)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    assert refused(folder) == (
+        f"cannot load {str(folder)!r}: its weights are pickled ({name}), and to read such a file can run code that it "
+        "brings; take a copy with *.safetensors"
+    )
+
+
+def test_pickled_weights_beside_sound_ones_are_left_alone(folder, monkeypatch):
+    torch.save({"a": Bomb()}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    session = nblens.load(str(folder))
+    assert len(session.generate(prompt_ids(5), 2).token_ids) == 2
+    session.unload()
+    assert RUN == []
+
+
+def test_only_safetensors_are_asked_of_the_library(folder, monkeypatch):
+    """What a hub holds is not listed beforehand: the library must not fall back to pickles."""
+    from transformers import AutoModelForCausalLM
+
+    asked = {}
+
+    def read(source, **options):
+        asked.update(options)
+        raise OSError("no file named model.safetensors")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+    assert "no file named model.safetensors" in refused(folder)
+    assert asked["use_safetensors"] is True
+    assert asked["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize(
+    "shard", ["../elsewhere.safetensors", "/etc/passwd", "pytorch_model.bin", "missing.safetensors"]
+)
+def test_an_index_names_no_file_but_the_folders_own_safetensors(before, folder, shard):
+    torch.save({"a": Bomb()}, folder / "pytorch_model.bin")
+    shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    os.rename(folder / "model.safetensors", folder / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": shard, "lm_head.weight": "part.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(folder) == (
+        f"cannot load {str(folder)!r}: model.safetensors.index.json names {shard!r}, which is none of its *.safetensors"
+    )
+
+
+def test_weights_of_something_else_are_refused_and_not_filled_with_random_numbers(folder):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "its files lack 30 of its weights, such as lm_head.weight" in refused(folder)
+
+
+DAMAGE = ("", "[]", "null", "3", '"x"', "{", "\x80\x04\x95", "[" * 100_000)
+
+
+@pytest.mark.parametrize("content", DAMAGE, ids=lambda content: ascii(content[:5]))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_checkpoint_is_refused_while_the_model_before_is_kept(before, folder, name, content):
+    (folder / name).write_text(content)
+    assert refused(folder).startswith(f"cannot load {str(folder)!r}: ")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "[" * 100_000], ids=lambda content: content[:5])
+def test_a_damaged_generation_config_is_refused_while_the_model_before_is_kept(before, folder, content):
+    (folder / "generation_config.json").write_text(content)
+    assert refused(folder).startswith(f"cannot load {str(folder)!r}: ")
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=ascii)
+def test_a_configuration_that_quotes_anything_is_refused_in_printable_words(before, folder, token):
+    change_config(folder, model_type=token)
+    refused(folder)
+
+
+@pytest.mark.parametrize("n_blocks", [0, -1, 10**6, 10**30])
+def test_a_number_of_blocks_that_no_model_has_is_refused_without_building_them(before, folder, n_blocks):
+    change_config(folder, num_hidden_layers=n_blocks)
+    assert refused(folder).endswith(f"its configuration asks for {n_blocks} blocks; at most 1000")
+
+
+FIELDS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size", "head_dim", "rms_norm_eps",
+          "max_position_embeddings", "hidden_act", "rope_parameters", "architectures", "dtype", "eos_token_id",
+          "tie_word_embeddings", "quantization_config", "intermediate_size")  # fmt: skip
+VALUES = st.sampled_from([None, 0, -1, 1.5, "x", [], {}, [0], {"a": 1}, True, 10**9, "<script>"])
+
+
+def test_a_configuration_of_any_values_is_planned_or_refused(before, sound, tmp_path):
+    folder = shutil.copytree(sound, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+
+    @bounded(40)
+    @given(field=st.sampled_from(FIELDS), value=VALUES)
+    def check(field, value):
+        (folder / "config.json").write_text(json.dumps({**config, field: value}))
+        value_or_line(
+            lambda: nblens.plan(str(folder), devices="cpu", propose=False), (UserError, UnsupportedModelError)
+        )
+
+    check()
+
+
+def test_a_token_of_the_hub_is_in_nothing_that_is_shown_or_saved(folder, monkeypatch, tmp_path, caplog):
+    secret = "hf_" + "secretsecretsecret" * 2
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "token").write_text(secret)
+    session = nblens.load(str(folder))
+    out = tmp_path / "out"
+    out.mkdir()
+    vector = session.extract("v", [("the cat", "a dog"), ("one day", "her house")])
+    trajectory = session.lens("the cat")
+    said = [repr(session), str(session.placement), repr(vector), repr(trajectory), repr(nblens.plan(str(folder)))]
+    vector.save(out / "v.safetensors")
+    vector.at((1,)).to_gguf(out / "v.gguf")
+    trajectory.save(out / "t.safetensors")
+    trajectory.to_json(out / "t.json")
+    trajectory.to_html(out / "t.html")
+    session.capture("the cat", to=out / "a.safetensors")
+    session.fit_lens(["the cat sat on the mat", "the dog ran"], steps=1).save(out / "l.safetensors")
+    with pytest.raises(UserError) as error:
+        nblens.load(f"nobody/{'x' * 20}")
+    said += [str(error.value), caplog.text]
+    session.unload()
+    assert len(list(out.iterdir())) == 7
+    assert not [path.name for path in out.iterdir() if secret.encode() in path.read_bytes()]
+    assert not [text for text in said if secret in text]
