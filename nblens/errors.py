@@ -10,6 +10,7 @@
     │   └── FileFormatError              a damaged, foreign or hostile file
     ├── UnsupportedModelError            a part could not be found, or the readout is not the model's own
     ├── DeviceMemoryError (also MemoryError)   out of memory even with the smallest chunk
+    ├── NumericalError (also ArithmeticError)  activations or logits are inf or NaN; says from which block and site on
     └── WorkerError                      the thread that runs the model died
 
     Interrupted (KeyboardInterrupt)      a run was stopped; `.partial` holds what it had produced
@@ -26,6 +27,7 @@ __all__ = [
     "Interrupted",
     "NblensError",
     "NoModelError",
+    "NumericalError",
     "UnsupportedModelError",
     "UserError",
     "VectorMismatchError",
@@ -90,6 +92,10 @@ class UnsupportedModelError(NblensError):
 
 class DeviceMemoryError(NblensError, MemoryError):
     """Device memory ran out even with the smallest chunk; the model stays usable."""
+
+
+class NumericalError(NblensError, ArithmeticError):
+    """What a model computed is inf or NaN, so that nothing can be read from it; the model stays usable."""
 
 
 class WorkerError(NblensError):

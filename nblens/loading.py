@@ -24,6 +24,8 @@ from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.runtime.engine import Engine
 from nblens.runtime.local import LocalBackend
+from nblens.runtime.memory import nothing_kept
+from nblens.runtime.numerics import weights_checked
 from nblens.session import Session
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ _loaded: Session | None = None
 _lock = threading.Lock()
 
 
+@nothing_kept
 def load(
     model: str | None = None,
     *,
@@ -145,6 +148,7 @@ def load(
     return session
 
 
+@nothing_kept
 def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Session:
     """Make a model that is already in memory the session-wide one.
 
@@ -188,7 +192,8 @@ def current() -> Session:
 
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
-    engine = Engine(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer)
+    with weights_checked(hf_model):
+        engine = Engine(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer)
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, engine.architecture, name=name, seconds=seconds)
     return _make_current(

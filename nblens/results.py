@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -167,6 +168,12 @@ class RunResult:
             return {}
         sites = self.spec.lens.sites
         return SiteTrajectories({site: self._collector.trajectory(row, site, self.timings) for site in sites})
+
+    def warn(self) -> None:
+        """Tell of a readout that overflowed although what it read is finite: its cells are NaN, all others stand."""
+        if lost := self._collector.unreadable():
+            places = ", ".join(f"block {block} at {site} ({count} tokens)" for (site, block), count in lost.items())
+            warnings.warn(f"inf or NaN in the readout of {places}; these cells are NaN", RuntimeWarning, stacklevel=4)
 
     def attribution(self, row: int) -> Attribution:
         """A row's logits and their parts."""

@@ -29,6 +29,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--long`: the same tests of endurance, with the counts of a working day."""
+    parser.addoption("--long", action="store_true", help="tests/endurance at full length: minutes instead of seconds")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether a test of endurance runs at full length."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch on one thread: tiny matrices lose time on more."""

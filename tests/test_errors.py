@@ -18,6 +18,7 @@ from nblens import (
     Interrupted,
     NblensError,
     NoModelError,
+    NumericalError,
     SteeringVector,
     Trajectory,
     UnsupportedModelError,
@@ -186,6 +187,7 @@ def test_the_tree_is_the_one_drawn_at_the_top_of_the_file():
         FileFormatError: (UserError,),
         UnsupportedModelError: (NblensError,),
         DeviceMemoryError: (NblensError, MemoryError),
+        NumericalError: (NblensError, ArithmeticError),
         WorkerError: (NblensError,),
         Interrupted: (KeyboardInterrupt,),
     }

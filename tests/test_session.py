@@ -186,6 +186,23 @@ def test_unload_ends_the_thread_and_frees_the_weights_though_the_session_is_stil
 
 
 @pytest.mark.usefixtures("nothing_loaded")
+def test_an_interrupt_while_unload_waits_leaves_no_half_session(attach, monkeypatch):
+    session = attach(endless_model("llama"))
+    backend = session.backend
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(backend), "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.unload()
+    assert session.model is None
+    with pytest.raises(NoModelError):
+        nblens.current()
+    backend.close()
+
+
 def test_after_unload_there_is_no_current_model(attach):
     session = attach(endless_model("llama"))
     session.unload()

@@ -14,6 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from nblens.appearance import aligned, byte_size, plain, short_number
+from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
 from nblens.lens.by_site import SiteTrajectories
@@ -226,6 +227,7 @@ def _as_grid(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         from nblens.jupyter.trajectory_grid import TrajectoryGrid
 
         grid = TrajectoryGrid(obj, metric=view.metric)
+        belongs_to_cell(grid)
         grid.show_widget()
     return {HTML: grid.stand_in()[HTML]}, {}
 

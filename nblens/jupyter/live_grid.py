@@ -10,6 +10,7 @@ from typing import Any
 import traitlets
 
 from nblens.errors import Interrupted, NblensError, first_line
+from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.grid_sheets import read_sites
 from nblens.jupyter.trajectory_grid import TrajectoryGrid
 
@@ -48,6 +49,7 @@ class GrowingGrid:
 
     def _show(self, partial: Any) -> None:
         self._grid = TrajectoryGrid(partial, metric=self._metric)
+        belongs_to_cell(self._grid)
         self._grid.show_widget()
 
 

@@ -29,13 +29,14 @@ from nblens.errors import (
     DoesNotFitError,
     Interrupted,
     NoModelError,
+    NumericalError,
     UnsupportedModelError,
     UserError,
     first_line,
 )
 from nblens.files import replace_file
+from nblens.jupyter import cell_widgets, steering
 from nblens.jupyter import display as shown
-from nblens.jupyter import steering
 from nblens.jupyter.arguments import (
     GENERATE,
     LENS,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 __all__ = ["NblensMagics", "load_ipython_extension", "unload_ipython_extension"]
 
 _PICTURES = (".png", ".svg", ".pdf")
-_MISTAKES = (UserError, UnsupportedModelError, DeviceMemoryError)
+_MISTAKES = (UserError, UnsupportedModelError, DeviceMemoryError, NumericalError)
 
 
 def load_ipython_extension(shell: InteractiveShell) -> None:
@@ -67,6 +68,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.register_magics(NblensMagics(shell))
     shell.Completer.custom_matchers.append(match_magic)
     shown.register(shell)
+    cell_widgets.register(shell)
 
 
 def unload_ipython_extension(shell: InteractiveShell) -> None:
@@ -86,6 +88,7 @@ def _unregister(shell: InteractiveShell) -> None:
     matchers = shell.Completer.custom_matchers
     matchers[:] = [matcher for matcher in matchers if matcher is not match_magic]
     shown.unregister(shell)
+    cell_widgets.unregister(shell)
 
 
 def _described(line_parser: MagicParser, cell_parser: MagicParser | None = None) -> Callable[..., Any]:
@@ -175,7 +178,9 @@ class NblensMagics(Magics):
         if options.live:
             from nblens.jupyter.live_grid import LiveGrid
 
-            return LiveGrid.over(reading, metric=options.metric)
+            grid = LiveGrid.over(reading, metric=options.metric)
+            cell_widgets.belongs_to_cell(grid)
+            return grid
         growing = _growing(options)
         result = _run(lambda: reading(growing.watch if growing else None))
         if result is None:

@@ -7,7 +7,7 @@ two: that output while the widget is not on the page, the widget while it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import traitlets
@@ -30,7 +30,13 @@ def behind_pages() -> bool:
     return getattr(get_ipython(), "kernel", None) is not None
 
 
-class WithStandIn(traitlets.HasTraits):
+if TYPE_CHECKING:
+    from ipywidgets import DOMWidget as _Widget
+else:
+    _Widget = traitlets.HasTraits
+
+
+class WithStandIn(_Widget):
     """A widget that is followed by an output which stays when it is gone.
 
     A subclass says in `_as_html` and `_as_text` what that output holds; its page marks the widget's element with
@@ -38,10 +44,19 @@ class WithStandIn(traitlets.HasTraits):
     """
 
     _stand_in = traitlets.Unicode().tag(sync=True)
+    _owns_layout = False
+    """whether it made its layout, which is a widget too; not before it is made itself"""
 
     @traitlets.default("_stand_in")
     def _new_key(self) -> str:
         return f"nblens-{uuid4().hex}"
+
+    def close(self) -> None:
+        """Take the widget off its page; nothing of it stays behind."""
+        layout = self.layout if self._owns_layout else None
+        super().close()
+        if layout is not None:
+            layout.close()
 
     def _as_text(self) -> str:
         return repr(self)

@@ -12,6 +12,7 @@ from IPython.display import display
 from nblens.errors import UserError
 from nblens.jupyter import display as shown
 from nblens.jupyter.arguments import coefficients
+from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.stand_in import behind_pages
 from nblens.jupyter.steer_arguments import COMMANDS, check_options
 
@@ -57,7 +58,9 @@ def _panel(session: Session, options: Namespace) -> Any:
         return None
     from nblens.jupyter.steering_panel import SteeringPanel
 
-    return SteeringPanel(session, **_given(options, "once"))
+    panel = SteeringPanel(session, **_given(options, "once"))
+    belongs_to_cell(panel)
+    return panel
 
 
 def _off(session: Session, options: Namespace) -> None:

@@ -100,6 +100,7 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
         self._last: LiveText | None = None
         self._asked: LiveRequest | None = None
         self._shell: Any = None
+        self._owns_layout = True
         super().__init__()
         self.refresh()
         if value is not None:

@@ -82,7 +82,6 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         There is nothing to show, or a metric, view or site that is not there.
     """
 
-    _owns_layout = False
     metric = traitlets.Unicode("prob").tag(sync=True)
     """what colours the cells"""
     view = traitlets.Unicode("base").tag(sync=True)
@@ -164,13 +163,6 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
                 if old.base.layers != new.base.layers or old.base.top_ids.shape[-1] != new.base.top_ids.shape[-1]:
                     raise UserError(f"{new.base!r} does not continue {old.base!r}: other layers or top_k")
             self._replace(grown)
-
-    def close(self) -> None:
-        """Take the widget off its page; nothing of it stays behind."""
-        layout = self.layout if self._owns_layout else None
-        super().close()
-        if layout is not None:
-            layout.close()
 
     def set_state(self, sync_data: Mapping[str, Any]) -> None:
         """Take what the page changed: only what a reader can change there, and nothing out of range."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nblens.errors import UserError, escaped
+from nblens.errors import NumericalError, UserError, escaped
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
 from nblens.model.frozen_tail import FrozenTail
@@ -114,8 +114,10 @@ class AttributionReader:
         spans: Sequence[RowSpan],
         emit: Callable[[ReadoutSlice], None],
     ) -> None:
-        """Emit a slice per row."""
+        """Emit a slice per row; raises `NumericalError` where the logits are inf or NaN."""
         final = captured["resid_post"][-1]
+        if not final.sum(-1, dtype=torch.float32).isfinite().all():
+            raise NumericalError("activations to be taken apart are inf or NaN")
         scales = self._tail.scales(final)[:, None]
 
         def project(hidden: torch.Tensor) -> torch.Tensor:
@@ -125,6 +127,8 @@ class AttributionReader:
         arrays["embedding"] = project(captured["resid_pre"][0])[None]
         arrays["logits"] = (project(final) + self._tail.bias)[None]
         arrays["bias"] = self._tail.bias.expand(1, len(final), -1)
+        if not arrays["logits"].isfinite().all():
+            raise NumericalError("logits to be taken apart are inf or NaN")
         for span in spans:
             values = {name: array[:, span.place].float().cpu().numpy() for name, array in arrays.items()}
             emit(ReadoutSlice(span.row, ATTRIBUTION, span.start, values))

@@ -76,6 +76,16 @@ class TrajectoryCollector:
             return asked
         return max((piece.target_ids for piece in self._slices[row, site].values()), key=len, default=())
 
+    def unreadable(self) -> dict[tuple[str, int], int]:
+        """(site, block) → at how many tokens, over all rows, its readout is NaN."""
+        counts: dict[tuple[str, int], int] = defaultdict(int)
+        for (_, site), pieces in self._slices.items():
+            for piece in pieces.values() if site != ATTRIBUTION else ():
+                lost = np.isnan(piece.arrays["top_logprobs"][:, :, 0]).sum(1)
+                for layer in np.flatnonzero(lost):
+                    counts[site, self._spec.lens.blocks[layer]] += int(lost[layer])
+        return dict(counts)
+
     def attribution(self, row: int, timings: Mapping[str, float] | None = None) -> Attribution:
         """What has been read so far of one row's logits and their parts."""
         asked: AttributionSpec = self._spec.attribution

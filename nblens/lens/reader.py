@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from nblens.errors import NumericalError
 from nblens.lens.translators import Lens, depth_of
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
@@ -51,10 +52,19 @@ class LensReader:
         spans: Sequence[RowSpan],
         emit: Callable[[ReadoutSlice], None],
     ) -> None:
-        """Read out everything captured and emit a slice per row and site; overwrites `captured`."""
+        """Read out everything captured and emit a slice per row and site; overwrites `captured`.
+
+        Raises
+        ------
+        NumericalError
+            Activations are inf or NaN.
+        """
         # resid_post last: its last block, which the others are compared with, is overwritten when read
         for site in sorted(self.spec.sites, key=lambda name: name == "resid_post"):
+            # of the stream itself: translators may overflow by themselves
+            sums = captured[site].sum(-1, dtype=torch.float32)
             result, slots = self._read_site(site, captured, spans)
+            self._check_finite(site, sums[slots], result.top_logprobs[slots, :, 0])
             if self.spec.target_ids is None:
                 self._find_leaders(result, slots, site, spans)
                 followed = self.readout.more_logprobs(result, self._leader_ids(site, spans).to(result.normed.device))
@@ -66,6 +76,13 @@ class LensReader:
                     not_counted = np.full(logprobs.shape, -1, np.int32)
                     arrays |= {"target_logprobs": logprobs, "target_ranks": not_counted}
                 emit(ReadoutSlice(span.row, site, span.start, arrays, target_ids))
+
+    def _check_finite(self, site: str, sums: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Raise `NumericalError` where activations are inf or NaN; where only their readout is, its cells are NaN."""
+        lost = logprobs.isnan().cpu()
+        if lost.any() and (broken := lost & ~sums.isfinite().cpu()).any():
+            block = self.spec.blocks[int(broken.any(1).nonzero()[0])]
+            raise NumericalError(f"activations at {site} of block {block} are inf or NaN")
 
     def _find_leaders(self, result: ReadoutResult, slots: list[int], site: str, spans: Sequence[RowSpan]) -> None:
         """Note the distinct top tokens over the blocks at the last token of each prompt that ends here, last first."""

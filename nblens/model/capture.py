@@ -51,7 +51,7 @@ class CaptureBuffer:
         self._capacity = capacity
         self._place: torch.Tensor | None = None
         self._fixed = False
-        self._clear()
+        self.clear()
 
     def writer(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
         """The callable that a hook gives the site's activation to, (rows, width, d_model)."""
@@ -109,7 +109,7 @@ class CaptureBuffer:
             next_ids = torch.tensor([self._next_ids[i] for i in indices])
             spans.append(RowSpan(row, self._positions[indices[0]], place, next_ids))
             offset = place.stop
-        self._clear()
+        self.clear()
         whole = self._architecture.whole
         return {site: whole(data[:, :offset], self._places[site]) for site, data in self._data.items()}, spans
 
@@ -120,7 +120,8 @@ class CaptureBuffer:
             for slot in data:
                 slot[: len(order)] = slot[index]
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget what was written."""
         self._used = 0
         self._rows: list[int] = []
         self._positions: list[int] = []

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from nblens.errors import UserError
+from nblens.errors import NumericalError, UserError
 from nblens.model.feeding import Feeding
 from nblens.specs import GenerationSpec
 
@@ -234,8 +234,9 @@ class SteppingLoop:
         unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
         while (logits := self._feed(phase, columns, input_ids, keep_logits=True)) is not None:
             scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
-            sampled = _sample(scores, generators)
             fed = unfinished
+            _check_finite(scores, fed)
+            sampled = _sample(scores, generators)
             sampled = torch.where(fed, sampled, generation_config.pad_token_id)
             input_ids = torch.cat([input_ids, sampled[:, None].to(input_ids.device)], 1)
             following = torch.where(fed, sampled, -1)[:, None]
@@ -401,6 +402,12 @@ def _check_one_pass(config: GenerationConfig) -> None:
         named = ("penalty_alpha", "prompt_lookup_num_tokens", "dola_layers", "force_words_ids", "constraints")
         given = ", ".join(name for name in named if getattr(config, name, None) is not None)
         raise UserError(f"{given or mode.value} is not supported: the loop decodes greedily or by sampling")
+
+
+def _check_finite(scores: torch.Tensor, rows: torch.Tensor) -> None:
+    """Raise `NumericalError` where the best score of a row is inf or NaN: any token would pass for the model's."""
+    if not scores.amax(-1).cpu()[rows].isfinite().all():
+        raise NumericalError("the logits that the next token is chosen from are inf or NaN")
 
 
 def _sample(scores: torch.Tensor, generators: list[torch.Generator] | None) -> torch.Tensor:

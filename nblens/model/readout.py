@@ -163,10 +163,26 @@ class Readout:
             Slot that holds the last block: compute KL(slot ‖ last block) of every slot.
         """
         normed = self._normalise(hidden)
-        n_slots, n = normed.shape[:2]
-        vocab_size = self._architecture.vocab_size
         if wanted is None:
-            wanted = torch.empty((n, 0), dtype=torch.long, device=normed.device)
+            wanted = torch.empty((normed.shape[1], 0), dtype=torch.long, device=normed.device)
+        result = self._walk(normed, top_k, wanted, ranks=ranks, entropy=entropy, final=final)
+        if normed.dtype == torch.float16 and self._head.sliceable and not result.normaliser.isfinite().all():
+            # a logit beyond 65504 was inf
+            result = self._walk(normed.float(), top_k, wanted, ranks=ranks, entropy=entropy, final=final)
+        return result
+
+    def _walk(
+        self,
+        normed: torch.Tensor,
+        top_k: int,
+        wanted: torch.Tensor,
+        *,
+        ranks: bool,
+        entropy: bool,
+        final: int | None,
+    ) -> ReadoutResult:
+        """Walk the vocabulary; products are taken in the dtype of `normed`."""
+        n_slots, vocab_size = len(normed), self._architecture.vocab_size
         counted = ranks and wanted.numel() > 0
         columns_here = self._head.columns
         top_k_here = min(top_k, len(columns_here))
@@ -326,7 +342,7 @@ class _Head:
         stop = start + out.shape[-1]
         if not self.sliceable:
             return out.copy_(self._all(normed)[..., start:stop])
-        weight, bias = self._rows(slice(start - self.columns.start, stop - self.columns.start))
+        weight, bias = self._rows(slice(start - self.columns.start, stop - self.columns.start), normed.dtype)
         if normed.dtype != torch.float32:
             out.copy_(F.linear(normed, weight, bias))
         elif bias is None:
@@ -360,14 +376,14 @@ class _Head:
             return logits.gather(-1, place.expand(len(normed), -1, -1))
         if kernels is not None:
             return torch.stack([kernels.logits(slot, columns).gather(-1, place) for slot in normed])
-        weight, bias = self._rows(columns)
+        weight, bias = self._rows(columns, normed.dtype)
         logits = [self._transform.apply_(F.linear(slot, weight, bias).float()).gather(-1, place) for slot in normed]
         return torch.stack(logits)
 
-    def _rows(self, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _rows(self, rows: slice | torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weights and biases of some of the rows that are here."""
         weight, bias = self.held
-        return weight[rows], None if bias is None else bias[rows]
+        return weight[rows].to(dtype), None if bias is None else bias[rows].to(dtype)
 
     @property
     def held(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -70,6 +70,8 @@ class Decodings:
         shape = (batch.rows, length, capacity, tuple(places.items()), bank.layout, weights)
         if self._kept is not None and self._kept.shape == shape:
             self._kept.bank.fill(spec.steering)
+            if self._kept.buffer is not None:
+                self._kept.buffer.clear()  # of a run that failed
             return self._kept
         self._kept = None  # before the next one takes its memory
         buffer = None
@@ -80,7 +82,7 @@ class Decodings:
         return self._kept
 
     def forget(self) -> None:
-        """Free what is kept: memory ran out, or a run failed in the middle."""
+        """Free what is kept: memory ran out."""
         self._kept = None
 
     def _is_hooked(self) -> bool:

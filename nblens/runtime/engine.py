@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nblens.errors import DeviceMemoryError, UserError
+from nblens.errors import DeviceMemoryError, NumericalError, UserError
 from nblens.lens.attribution import CONTRIBUTIONS, AttributionReader
 from nblens.lens.fitting import fit_translators
 from nblens.lens.reader import LensReader
@@ -25,7 +25,14 @@ from nblens.runtime.activation_file import ActivationRecorder
 from nblens.runtime.backend import Control
 from nblens.runtime.decoding import Decodings
 from nblens.runtime.extracting import Extraction
-from nblens.runtime.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
+from nblens.runtime.memory import (
+    chunk_that_fits,
+    is_out_of_memory,
+    memory_errors_told,
+    out_of_memory,
+    with_smaller_chunks,
+)
+from nblens.runtime.numerics import located
 from nblens.runtime.ranks import Ranks
 from nblens.runtime.row_groups import RowControl, RowGroups
 from nblens.runtime.run import Run
@@ -91,6 +98,7 @@ class Engine:
         """by the name that a `LensSpec` gives, on the readout's device"""
         self._pad_id = pad_id
 
+    @memory_errors_told()
     @torch.no_grad()
     def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
         """Serve a request; events go to `emit`, the finishing one last.
@@ -100,7 +108,9 @@ class Engine:
         Raises
         ------
         DeviceMemoryError
-            Not even one token at a time fits, or memory ran out while decoding.
+            Not even one token at a time fits, or memory ran out while decoding or beside the model's own steps.
+        NumericalError
+            What is to be read is inf or NaN.
         """
         if isinstance(spec, ExtractionSpec):
             Extraction(self, spec, emit, control).execute()
@@ -138,9 +148,14 @@ class Engine:
             run = Run(self, spec, batch, chunk, decoded_tokens, emit, control.again())
             try:
                 run.execute()
+            except NumericalError as error:
+                fed = self.batch(run.fed, prompt_lengths=batch.lengths)
+                raise located(self, error, fed, spec.steering, run.coefficients) from error
             except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.decodings.forget()
-                if run.decoding and is_out_of_memory(error):
+                if run.decoding:
                     raise out_of_memory("generating", batch, chunk) from error
                 raise
 
@@ -208,7 +223,10 @@ class Engine:
         with Instrumentation(points):
             self.loop(batch, _Keeping(buffer), batch.width).prefill(new_cache(self.model))
         captured, _ = buffer.drain()
-        return torch.cat([captured["resid_pre"], captured["resid_post"]])
+        residuals = torch.cat([captured["resid_pre"], captured["resid_post"]])
+        if not residuals.sum(-1, dtype=torch.float32).isfinite().all():
+            raise located(self, NumericalError("activations to fit a lens to are inf or NaN"), batch)
+        return residuals
 
     def batch(self, rows: Sequence[Sequence[int]], **more: Any) -> Batch:
         """Rows of tokens, padded, where the model takes them; `more` as in `Batch.of`."""

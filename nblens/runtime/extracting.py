@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nblens.errors import UserError
+from nblens.errors import NumericalError, UserError
 from nblens.model.architecture import input_device
 from nblens.model.generation import Batch, Step, new_cache
 from nblens.model.hooks import Instrumentation
 from nblens.runtime.backend import Control
 from nblens.runtime.memory import with_smaller_chunks
+from nblens.runtime.numerics import located
 from nblens.specs import Event, ExtractionFinished, ExtractionSpec, Progress, Span
 from nblens.steering.estimators import ESTIMATORS
 from nblens.steering.extraction import Separation, SpanReader, data_hash, held_back, shuffle_signs
@@ -55,6 +56,8 @@ class Extraction:
         ------
         UserError
             Too few pairs for the method, or nothing tells their sides apart.
+        NumericalError
+            Activations are inf or NaN where they are read.
         """
         batches = self._batches()
         for step, pairs in enumerate(batches, 1):
@@ -126,9 +129,14 @@ class Extraction:
         for rows in self._engine.feeding.groups(texts):
             if self._control.cancelled:
                 break
-            read = self._group_states([texts[row] for row in rows], [spans[row] for row in rows])
-            if read is not None:
-                states[:, list(rows)] = read
+            group = [texts[row] for row in rows]
+            read = self._group_states(group, [spans[row] for row in rows])
+            if read is None:
+                continue
+            if not read.isfinite().all():
+                error = NumericalError(f"activations at {self._spec.site} are inf or NaN where they are read")
+                raise located(self._engine, error, self._engine.batch(group))
+            states[:, list(rows)] = read
         return states
 
     def _group_states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor | None:

@@ -33,13 +33,16 @@ class LocalBackend:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._running: _Request | None = None
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._begun = False
+        # started with the first request: until then an interrupt that ends loading leaves no thread, and no model in it
         self._thread = threading.Thread(target=self._work, name="nblens-worker", daemon=True)
-        self._thread.start()
 
     def stream(self, spec: Request) -> _Request:
         """See `Backend.stream`."""
         with self._lock:
+            if not (self._closed or self._begun):
+                self._begun = True
+                self._thread.start()
             if self._closed or not self._thread.is_alive():
                 raise WorkerError("the model was unloaded; load one with nblens.load() or %load_sharded")
             request = _Request(spec, self._new_control())
@@ -65,7 +68,7 @@ class LocalBackend:
                     request.cancel()
             self._requests.put(None)
         self.cancel()
-        if threading.current_thread() is not self._thread:
+        if self._begun and threading.current_thread() is not self._thread:
             self._thread.join()
         self._engine = None
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import functools
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
-from nblens.errors import DeviceMemoryError
+from nblens.errors import DeviceMemoryError, NblensError, first_line
 from nblens.model.generation import Batch
 from nblens.model.placement import free_memory, step_tokens
 
-__all__ = ["chunk_that_fits", "is_out_of_memory", "out_of_memory", "with_smaller_chunks"]
+__all__ = [
+    "chunk_that_fits",
+    "is_out_of_memory",
+    "memory_errors_told",
+    "nothing_kept",
+    "out_of_memory",
+    "with_smaller_chunks",
+]
 
 Result = TypeVar("Result")
 
@@ -41,10 +51,62 @@ def with_smaller_chunks(
         chunk = max(fewest, chunk // 2)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it is CUDA's error, or one of the two that the CPU allocator raises as plain `RuntimeError`."""
+def nothing_kept(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Let errors leave a function without what the frames of their tracebacks have in memory.
+
+    A notebook holds the last traceback until the next error, and a traceback the local variables of all its frames: a
+    KV cache, or half a model.
+    """
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **options: Any) -> Result:
+        try:
+            return function(*args, **options)
+        except BaseException as error:
+            _let_go(error)
+            raise
+
+    return guarded
+
+
+@contextmanager
+def memory_errors_told() -> Iterator[None]:
+    """Let no allocator's own error out of a request; what memory ran out for is let go."""
+    try:
+        yield
+    except DeviceMemoryError as error:
+        _let_go(error)
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _let_go(error)
+        raise DeviceMemoryError(
+            f"out of memory ({first_line(error)}); shorten the prompts, or take fewer rows, layers or sites"
+        ) from error
+
+
+def _let_go(error: BaseException) -> None:
+    """Empty the frames of one of our own errors; of what led to it, and of others, keep the lines alone."""
+    if isinstance(error, NblensError):
+        traceback.clear_frames(error.__traceback__)
+        _as_text(error.__cause__)
+    else:
+        _as_text(error)
+
+
+def _as_text(error: BaseException | None) -> None:
+    """Keep the lines of a traceback, and of those that led to it, as notes: closures outlive an emptied frame."""
+    while error is not None:
+        error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is CUDA's error, numpy's, or one of the two that the CPU allocator raises as plain `RuntimeError`."""
     cpu = ("not enough memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in cpu)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in cpu)
 
 
 def out_of_memory(doing: str, batch: Batch, chunk: int) -> DeviceMemoryError:

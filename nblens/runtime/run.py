@@ -57,6 +57,7 @@ class Run:
         self._timings: dict[str, float] = defaultdict(float)
         self._n_sampled = 0
         self._sampled: Sequence[int | None] = ()
+        self._new: list[list[int]] = [[] for _ in spec.prompts]
         self._last_flush = time.perf_counter()
         self.decoding = False
 
@@ -79,6 +80,16 @@ class Run:
                 self._lane.wait()
         self._timings["total"] = time.perf_counter() - began
         self._emit(RunFinished(self._control.cancelled, dict(self._timings)))
+
+    @property
+    def fed(self) -> list[list[int]]:
+        """Every token of each row so far."""
+        return [[*prompt, *new] for prompt, new in zip(self._spec.prompts, self._new, strict=True)]
+
+    @property
+    def coefficients(self) -> dict[str, list[float | None]]:
+        """Present strengths, by the names of the writes."""
+        return self._bank.coefficients
 
     def _new_loop(self) -> SteppingLoop:
         """The loop, with what all rows share of their prompts in its cache already."""
@@ -142,6 +153,8 @@ class Run:
             self._emit(TokensSampled(self._n_sampled, tuple(sampled)))
             self._n_sampled += 1
             self._sampled = sampled
+            for row, token in zip(self._new, sampled, strict=True):
+                row += [token] if token is not None else []
         if self._is_full(step):
             self._flush()
 

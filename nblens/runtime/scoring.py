@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nblens.errors import NumericalError
 from nblens.model.architecture import output_device
 from nblens.model.generation import Batch, new_cache
 from nblens.model.hooks import Instrumentation
 from nblens.runtime.backend import Control
 from nblens.runtime.memory import is_out_of_memory, out_of_memory
+from nblens.runtime.numerics import located
 from nblens.runtime.shared_prefix import feed_once, shared_columns
 from nblens.specs import Event, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
 from nblens.steering.bank import SteeringBank
@@ -93,12 +95,21 @@ class Scoring:
         states = torch.cat(parts)
         n_scored = [len(text.ids) - text.prompt_length + 1 for text in texts]
         logprobs, kl = self._read(states, texts, n_scored)
+        self._check_finite(logprobs, batch)
         place, scores = 0, []
         for number, text, n in zip(numbers, texts, n_scored, strict=True):
             own, place = slice(place, place + n), place + n
             kept = logprobs[:, own, : len(text.answers)].transpose(1, 2).numpy()
             scores.append(Scores(number, kept, None if kl is None else kl[:, own].numpy()))
         return scores
+
+    def _check_finite(self, logprobs: torch.Tensor, batch: Batch) -> None:
+        # NaN also stands where a text has fewer answers than another, but not at its first
+        if (broken := logprobs[:, :, 0].isnan().any(1)).any():
+            setting = int(broken.nonzero()[0])
+            writes = self._of_rows(range(setting, setting + 1), batch.rows)
+            error = NumericalError("log-probabilities of answers are NaN")
+            raise located(self._engine, error, batch, writes)
 
     def _states(self, batch: Batch) -> list[torch.Tensor]:
         """Last residuals where answers' tokens are predicted, text after text: (settings, n, d_model), batch by batch.

@@ -86,10 +86,11 @@ class SessionCore:
 
     def unload(self) -> None:
         """Stop what runs, free the model, and end this session."""
-        if self.backend is not None:
-            self.backend.close()
-            self.backend = None
+        # first let go, then wait for what runs: Ctrl-C may end the wait, and must not leave half a session
+        backend, self.backend = self.backend, None
         self._model = self.architecture = self._builder = None
+        if backend is not None:
+            backend.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -141,6 +142,7 @@ class SessionCore:
             events, interrupted = self.events(replace(spec, watched=True), _Onlooker(empty(), assemble, watch))
         for event in events:
             result.add(event)
+        result.warn()
         if interrupted or result.cancelled:
             fed = max(len(result.sampled(row)) for row in result.rows)
             raise Interrupted(f"stopped after {fed} new tokens", assemble(result))

@@ -308,6 +308,14 @@ def test_an_idle_worker_keeps_nothing_of_the_last_request(backend_of):
 
 
 def test_the_worker_does_not_keep_the_interpreter_alive(backend_of):
-    backend_of(count_to_three)
+    events_of(backend_of(count_to_three).stream(spec_of(1)))
     (worker,) = [thread for thread in threading.enumerate() if thread.name == "nblens-worker"]
     assert worker.daemon
+
+
+def test_there_is_no_thread_before_the_first_request(backend_of):
+    """Loading that is interrupted once the backend is made leaves nothing that holds the model."""
+    backend = backend_of(count_to_three)
+    assert [thread.name for thread in threading.enumerate() if thread.name == "nblens-worker"] == []
+    backend.close()
+    assert answer_to(backend, spec_of(1)) == "refused"

@@ -21,6 +21,7 @@ from steered_runs import (
 )
 from tiny_models import prompt_ids
 
+from nblens.errors import DeviceMemoryError
 from nblens.lens.reader import LensReader
 from nblens.model import static_decoding
 from nblens.model.generation import draw
@@ -167,8 +168,20 @@ def test_a_failed_run_leaves_nothing_to_the_next(recorded):
     with pytest.raises(RuntimeError, match="broken"):
         run_engine(engine, PROMPTS, new_tokens=12, watch=fail)
     run = run_engine(engine, PROMPTS, new_tokens=12)
-    assert recorder.recorded == 2
+    assert recorder.recorded == 1
     assert_is_plain(engine, "llama", run, lambda row: [])
+
+
+def test_memory_that_runs_out_while_steps_are_replayed_frees_what_they_use(recorded):
+    engine, _ = recorded
+
+    def fail(event, control):
+        if isinstance(event, TokensSampled) and event.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(DeviceMemoryError, match="out of memory while generating"):
+        run_engine(engine, PROMPTS, new_tokens=12, watch=fail)
+    assert engine.decodings._kept is None
 
 
 def test_columns_that_are_still_to_come_are_masked(recorded):
