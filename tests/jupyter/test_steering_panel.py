@@ -408,6 +408,7 @@ def test_100_panels_leave_nothing(shell, model):
         panels = sum(type(one) is SteeringPanel for one in gc.get_objects())
         return threading.active_count(), hooks, callbacks, panels
 
+    model.generate(PROMPT, 1)  # the model's own thread begins with its first request
     before = left()
     for number in range(100):
         panel = SteeringPanel(model, prompt=PROMPT, max_new_tokens=50)
