@@ -118,9 +118,12 @@ def test_attach_makes_the_model_the_current_one_and_leaves_it_as_it_was(attach):
 
 
 def test_attaching_another_model_ends_the_session_before(attach):
-    one, other = attach(endless_model("llama")), attach(endless_model("gpt2"))
-    assert nblens.current() is other
+    one = attach(endless_model("llama"))
+    one.generate(PROMPT, 1)
     assert len(workers()) == 1
+    other = attach(endless_model("gpt2"))
+    assert nblens.current() is other
+    assert workers() == []
     assert repr(one) == "Session(unloaded)"
     with pytest.raises(NoModelError):
         one.generate(PROMPT, 1)
