@@ -13,6 +13,8 @@ from tiny_models import prompt_ids, tiny_model, tiny_tokenizer
 
 import nblens
 from nblens import DoesNotFitError, NblensError, UnsupportedModelError, UserError
+from nblens.runtime.rank import LoadOrder, Rank
+from nblens.runtime.rank_news import Reporter
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +107,13 @@ def test_only_safetensors_are_asked_of_the_library(folder, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
     assert "no file named model.safetensors" in refused(folder)
+    assert asked["use_safetensors"] is True
+    assert asked["trust_remote_code"] is False
+    asked.clear()
+    monkeypatch.setattr(Reporter, "install", lambda self: None)
+    where = {"revision": None, "trust_remote_code": False}
+    failure = Rank(0, 2, torch.get_num_threads()).load(LoadOrder(str(folder), where, "auto", 0, tp=2))
+    assert "no file named model.safetensors" in str(failure)
     assert asked["use_safetensors"] is True
     assert asked["trust_remote_code"] is False
 
