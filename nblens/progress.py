@@ -28,7 +28,8 @@ def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterat
             return
         if not bars:
             n_steps = total if isinstance(event, Scores) else event.n_steps
-            bars.append(tqdm(total=n_steps, desc=title, disable=not shown, delay=2, leave=False))
+            options = {} if shown else {"disable": True}  # else as TQDM_DISABLE says
+            bars.append(tqdm(total=n_steps, desc=title, delay=2, leave=False, **options))
         if isinstance(event, Progress) and event.kl is not None:
             bars[0].set_postfix_str(f"KL {event.kl:.3f}", refresh=False)
         bars[0].update()

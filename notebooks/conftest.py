@@ -5,6 +5,7 @@ at what each executed cell wrote to stderr, and at how much memory its kernel ha
 `raises-exception` may show an error.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 KERNEL_BYTES = 1_500_000_000
 """What a kernel may take at its peak: a Binder machine has 2 GB, of which JupyterLab's server takes a few hundred MB."""
+os.environ["TQDM_DISABLE"] = "1"  # a bar comes after two seconds: on a busy machine where none is stored
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 

@@ -142,7 +142,9 @@ def vectors_table(session: Session) -> Table:
                 f"{max(best):.1f}" if best else "",
                 vector.write,
                 _signed(setting[vector.name].coefficient) if vector.name in setting else "off",
-                f"{vector.method} of {vector.n_pairs} pairs, read {vector.read}" if vector.method else "",
+                f"{vector.method} of {vector.n_pairs} {'pair' if vector.n_pairs == 1 else 'pairs'}, read {vector.read}"
+                if vector.method
+                else "",
             )
         )
     columns = ("vector", "site", ">blocks", ">norm", ">separation", "written at", ">now", "made by")

@@ -267,7 +267,11 @@ class SteeringVector:
     def __repr__(self) -> str:
         norms = [self.norms[block] for block in self.layers]
         span = f"{min(norms):.2f}" if len(set(norms)) == 1 else f"{min(norms):.2f}-{max(norms):.2f}"
-        origin = f", {self.method} of {self.n_pairs} pairs read at {self.read}" if self.method else ""
+        origin = (
+            f", {self.method} of {self.n_pairs} {'pair' if self.n_pairs == 1 else 'pairs'} read at {self.read}"
+            if self.method
+            else ""
+        )
         return escaped(
             f"SteeringVector({self.name!r}, {self.site} of block {format_layers(self.layers)}, "
             f"norm {span}{origin}, {len(self.directions)} × {self.d_model})"

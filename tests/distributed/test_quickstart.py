@@ -25,7 +25,7 @@ def test_the_quickstart_shows_the_same_over_two_ranks(tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "quickstart.ipynb"],
         cwd=tmp_path,
-        env={key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST_"))},
+        env={k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST_"))} | {"TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,
         check=False,

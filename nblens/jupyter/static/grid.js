@@ -199,7 +199,7 @@ class Grid {
     if (!this.selected) return;
     const { panel, pins, theme } = this;
     const { row, column } = this.selected;
-    this.stripHead.replaceChildren("after ", element("b", {}, panel.sheet.tokens[column]), ` token ${column}: top ${panel.k} by block`);
+    this.stripHead.replaceChildren("after ", element("b", {}, panel.sheet.tokens[column]), ` token ${column}: top tokens by block`);
     const half = this.strip.parentElement.clientWidth;
     drawStrip(this.strip, panel, column, pins, row, half, theme);
     this.strip.setAttribute("aria-label", panel.layers.map((layer, i) => `block ${layer}: ${panel.text(panel.top(i, column))}`).join(", "));
