@@ -281,7 +281,7 @@ def test_a_bar_counts_the_steps(llama, monkeypatch, kind, n_steps):
     assert bar.n == bar.options["total"] == n_steps
     assert bar.closed
     assert bar.options["delay"] == 2
-    assert not bar.options["disable"]
+    assert not bar.options.get("disable")
     assert len(bar.texts) == (4 if kind == "tuned" else 0)
     llama.fit_lens(TEXTS, steps=1, progress=False)
     assert Bar.made[1].options["disable"]
