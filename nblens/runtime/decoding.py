@@ -17,7 +17,7 @@ from nblens.model.generation import Batch
 from nblens.model.recording import Recorder
 from nblens.model.static_decoding import StaticDecoder, decodes_statically
 from nblens.specs import RunSpec
-from nblens.steering.bank import SteeringBank
+from nblens.steering.bank import SteeringBank, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +65,8 @@ class Decodings:
         if self._recorder is None or spec.generation is None or self._is_hooked():
             return None
         length = -(-(batch.width + spec.generation.max_new_tokens) // _ROOM) * _ROOM
-        bank = SteeringBank(spec.steering, batch.rows, self._architecture.dtype)
         weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
-        shape = (batch.rows, length, capacity, tuple(places.items()), bank.layout, weights)
+        shape = (batch.rows, length, capacity, tuple(places.items()), layout_of(spec.steering), weights)
         if self._kept is not None and self._kept.shape == shape:
             self._kept.bank.fill(spec.steering)
             if self._kept.buffer is not None:
@@ -77,6 +76,7 @@ class Decodings:
         buffer = None
         if places:
             buffer = CaptureBuffer(self._architecture, places, capacity, output_device(self._architecture))
+        bank = SteeringBank(spec.steering, batch.rows, self._architecture.dtype)
         decoder = StaticDecoder(self._model, batch.rows, length, self._recorder)
         self._kept = Decoding(shape, decoder, bank, buffer)
         return self._kept

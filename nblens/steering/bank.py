@@ -13,7 +13,7 @@ from nblens.specs import SteeringWrite
 from nblens.steering.operations import OPERATIONS, REST, Direction
 from nblens.steering.positions import written_columns
 
-__all__ = ["SteeringBank"]
+__all__ = ["SteeringBank", "layout_of"]
 
 Coefficient = float | None
 Coefficients = Coefficient | Sequence[Coefficient]
@@ -47,18 +47,13 @@ class SteeringBank:
         self.fill(writes)
 
     def fill(self, writes: Iterable[SteeringWrite]) -> None:
-        """Take other vectors and coefficients into the same slots; `layout` must be what it was."""
+        """Take other vectors and coefficients into the same slots; their `layout_of` must be what it was."""
         writes, self._fixed = list(writes), False
         self._coefficients = {write.name: _per_row(write.coefficients, self._rows) for write in writes}
         self._columns: dict[str, Columns] = dict.fromkeys((write.write for write in writes), False)
         for (site, block), groups in _by_place(writes).items():
             for edit, group in zip(self._edits[site, block], groups, strict=True):
                 edit.fill(group, block)
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """What is done where, in order, apart from vectors and coefficients."""
-        return tuple((place, tuple((e.write, e.op) for e in edits)) for place, edits in self._edits.items())
 
     @property
     def places(self) -> list[tuple[str, int]]:
@@ -137,8 +132,6 @@ class _Gate:
 class _Sum:
     """Σ coefficient · direction over the writes that add at one place, per row: (rows, 1, d_model)."""
 
-    op = "add"
-
     def __init__(self, write: str, rows: int, d_model: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.write = write
         self.active = False
@@ -175,7 +168,7 @@ class _Operation:
     """One write whose operation depends on the activation itself."""
 
     def __init__(self, write: SteeringWrite, rows: int, d_model: int, device: torch.device | str) -> None:
-        self.write, self.op = write.write, write.op
+        self.write = write.write
         self.active = False
         """whether it changes any row"""
         self._operation, self._rest = OPERATIONS[write.op], REST[write.op]
@@ -208,6 +201,12 @@ class _Operation:
         self._on.copy_(torch.tensor(on)[:, None, None])
         self._strength.copy_(torch.tensor([c or 0.0 for c in coefficients])[:, None, None])
         self.active = any(on)
+
+
+def layout_of(writes: Iterable[SteeringWrite]) -> tuple[Any, ...]:
+    """What a bank of these does where, in order, apart from vectors and coefficients."""
+    places = _by_place(writes).items()
+    return tuple((place, tuple((group[0].write, group[0].op) for group in groups)) for place, groups in places)
 
 
 def _by_place(writes: Iterable[SteeringWrite]) -> dict[tuple[str, int], list[list[SteeringWrite]]]:

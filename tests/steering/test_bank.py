@@ -7,7 +7,7 @@ from steered_runs import direction
 
 from nblens.model.generation import Batch
 from nblens.specs import SteeringWrite
-from nblens.steering.bank import SteeringBank
+from nblens.steering.bank import SteeringBank, layout_of
 
 D = 4
 V, W = direction(0, D), direction(1, D)
@@ -149,16 +149,18 @@ def test_a_step_that_may_be_recorded_leaves_rows_without_a_coefficient_to_the_bi
 
 
 def test_other_vectors_take_the_same_slots():
-    bank = bank_of(
-        ("v", "resid_post", {0: V}, (1.0, 2.0, 3.0)), ("r", "resid_post", {0: W}, (0.0, 1.0, 0.0), "all", "rotate")
+    writes = (
+        SteeringWrite("v", "resid_post", {0: V}, (1.0, 2.0, 3.0)),
+        SteeringWrite("r", "resid_post", {0: W}, (0.0, 1.0, 0.0), "all", "rotate"),
     )
-    editor, layout = bank.editor("resid_post", 0), bank.layout
+    bank = SteeringBank(writes, 3, torch.float32)
+    editor = bank.editor("resid_post", 0)
     others = (
         SteeringWrite("a", "resid_post", {0: W}, (0.5, 0.5, 0.0)),
         SteeringWrite("b", "resid_post", {0: V}, (None, None, 2.0), "all", "rotate"),
     )
     bank.fill(others)
-    assert bank.layout == layout
+    assert layout_of(others) == layout_of(writes)
     assert bank.coefficients == {"a": [0.5, 0.5, 0.0], "b": [None, None, 2.0]}
     hidden = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))
     bank.begin(range(5), BATCH)
