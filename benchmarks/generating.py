@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.specs import Event, GenerationSpec, RunSpec
 
 

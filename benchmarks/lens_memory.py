@@ -24,8 +24,8 @@ from transformers import LlamaForCausalLM
 from benchmarks.measuring import tensor_bytes
 from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.specs import LensSpec, RunSpec
 
 _LARGEST_NAIVE = 8e9

@@ -21,8 +21,8 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.measuring import in_turns
 from benchmarks.models import add_shape, llama_shape, random_prompt
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.specs import LENS_METRICS, LensSpec, RunSpec
 
 

@@ -29,8 +29,8 @@ from benchmarks.generating import generate
 from benchmarks.measuring import in_turns, processor_seconds, ratio
 from benchmarks.models import add_shape, llama_shape, operations, random_prompt
 from benchmarks.record import markdown_table, write
+from nblens.engine.engine import Engine
 from nblens.model.capture import RowSpan
-from nblens.runtime.engine import Engine
 from nblens.specs import ActivationSlice, CaptureSpec, Event, LensSpec, ReadoutSlice, RunSpec, SteeringWrite
 
 _TOP_K = 5

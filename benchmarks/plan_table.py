@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 import nblens
-from nblens.appearance import byte_size
 from nblens.errors import UserError
 from nblens.planning.plan import Plan
+from nblens.text import byte_size
 
 RESULT = Path(__file__).parent / "results" / "memory_plan.md"
 GPUS = {"24 GiB": "23.5GiB", "48 GiB": "47.4GiB", "80 GiB": "79.1GiB", "141 GiB": "139.8GiB"}

@@ -30,7 +30,7 @@ from benchmarks.generating import generate
 from benchmarks.models import random_prompt
 from benchmarks.plan_table import MODELS, config_of
 from benchmarks.record import markdown_table, write
-from nblens.runtime.engine import Engine
+from nblens.engine.engine import Engine
 from nblens.specs import LensSpec, SteeringWrite
 
 SHAPES = ("Llama-3.1-8B", "Qwen3-4B", "Qwen3-14B", "Qwen3-32B", "Llama-3.1-70B")

@@ -26,10 +26,10 @@ from torch import nn
 
 from benchmarks.measuring import gpu_seconds, in_turns
 from benchmarks.record import markdown_table, write
-from nblens.model import fused_readout
 from nblens.model.architecture import Architecture
-from nblens.model.fused_readout import Tiling
-from nblens.model.readout import Readout
+from nblens.readout import fused_readout
+from nblens.readout.fused_readout import Tiling
+from nblens.readout.readout import Readout
 
 _TOP_K = 5
 _SQUARE = 8192

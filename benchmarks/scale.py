@@ -20,7 +20,7 @@ from benchmarks.generating import generate
 from benchmarks.measuring import in_turns
 from benchmarks.models import llama_shape, operations, random_prompt
 from benchmarks.record import markdown_table, write
-from nblens.runtime.engine import Engine
+from nblens.engine.engine import Engine
 from nblens.specs import LensSpec
 
 Shape = tuple[int, int, int, int]

@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.measuring import in_turns, ratio
 from benchmarks.models import llama_shape
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.specs import EXTRACTION_METHODS, ExtractionSpec
 
 

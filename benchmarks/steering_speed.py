@@ -20,8 +20,8 @@ import torch
 import nblens
 from benchmarks.measuring import in_turns, ratio
 from nblens.demo import corpus
+from nblens.engine.control import Control
 from nblens.model.hooks import HookPoint, Instrumentation
-from nblens.runtime.backend import Control
 from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec, Steer
 
 COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)

@@ -29,7 +29,7 @@ from benchmarks.generating import generate
 from benchmarks.measuring import processor_seconds
 from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
-from nblens.runtime.engine import Engine
+from nblens.engine.engine import Engine
 from nblens.specs import LensSpec
 
 _SIDES = ("naive", "cached", "one pass", "deferred", "nblens", "no lens", "no cache, no lens")

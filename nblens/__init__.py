@@ -27,12 +27,12 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
-    from nblens.jupyter.steering_panel import SteeringPanel
-    from nblens.jupyter.trajectory_grid import TrajectoryGrid
+    from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
+    from nblens.jupyter.panel.steering_panel import SteeringPanel
     from nblens.lens.attribution import Attribution
     from nblens.lens.difference import Comparison, TrajectoryDiff
+    from nblens.lens.lens import Lens
     from nblens.lens.trajectory import Trajectory
-    from nblens.lens.translators import Lens
     from nblens.loading import attach, current, load
     from nblens.planning.plan import Plan
     from nblens.planning.planner import plan
@@ -49,16 +49,16 @@ _LAZY = {
     "Attribution": "nblens.lens.attribution",
     "Comparison": "nblens.lens.difference",
     "Generation": "nblens.results",
-    "Lens": "nblens.lens.translators",
+    "Lens": "nblens.lens.lens",
     "Plan": "nblens.planning.plan",
     "Sample": "nblens.steering.samples",
     "Session": "nblens.session",
     "Steer": "nblens.specs",
     "SteeringVector": "nblens.steering.vectors",
-    "SteeringPanel": "nblens.jupyter.steering_panel",
+    "SteeringPanel": "nblens.jupyter.panel.steering_panel",
     "Trajectory": "nblens.lens.trajectory",
     "TrajectoryDiff": "nblens.lens.difference",
-    "TrajectoryGrid": "nblens.jupyter.trajectory_grid",
+    "TrajectoryGrid": "nblens.jupyter.grid.trajectory_grid",
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",
@@ -111,13 +111,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """Register the magics: what ``%load_ext nblens`` calls."""
-    from nblens.jupyter.magics import load_ipython_extension
+    from nblens.jupyter.magics.magics import load_ipython_extension
 
     load_ipython_extension(ipython)
 
 
 def unload_ipython_extension(ipython: Any) -> None:
     """Remove the magics and free the model: what ``%unload_ext nblens`` calls."""
-    from nblens.jupyter.magics import unload_ipython_extension
+    from nblens.jupyter.magics.magics import unload_ipython_extension
 
     unload_ipython_extension(ipython)

@@ -13,6 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nblens.backends.local import LocalBackend
+from nblens.engine.engine import Engine
+from nblens.engine.memory import nothing_kept
+from nblens.engine.numerics import weights_checked
 from nblens.errors import DoesNotFitError, NoModelError, UserError
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
@@ -22,10 +26,6 @@ from nblens.planning.devices import is_description, limits_here
 from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
-from nblens.runtime.engine import Engine
-from nblens.runtime.local import LocalBackend
-from nblens.runtime.memory import nothing_kept
-from nblens.runtime.numerics import weights_checked
 from nblens.session import Session
 
 if TYPE_CHECKING:
@@ -217,8 +217,8 @@ def _adopt_spread(
     began: float,
     address: str | None,
 ) -> Session:
-    from nblens.runtime.rank import LoadOrder
-    from nblens.runtime.ray_cluster import RayBackend
+    from nblens.backends.rank import LoadOrder
+    from nblens.backends.ray_cluster import RayBackend
 
     backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer)), address=address)
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)

@@ -12,11 +12,11 @@ import torch
 from shrunken_models import N_TEXT, shrunken_model
 from torch import nn
 
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
 from nblens.specs import GenerationSpec, LensSpec, RunFinished, RunSpec
 
 OUTCOMES: dict[str, Outcome] = {}

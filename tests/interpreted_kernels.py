@@ -11,11 +11,11 @@ from unittest.mock import patch
 
 import torch
 
-from nblens.model import fused_readout
-from nblens.model.fused_readout import FusedReadout, Tiling
-from nblens.model.online_softmax import OnlineSoftmax
-from nblens.model.readout import Readout
-from nblens.model.vocabulary import VocabularyShard
+from nblens.readout import fused_readout
+from nblens.readout.fused_readout import FusedReadout, Tiling
+from nblens.readout.online_softmax import OnlineSoftmax
+from nblens.readout.readout import Readout
+from nblens.readout.vocabulary import VocabularyShard
 
 TILING = Tiling(rows=16, columns=64, depth=16, warps=4, stages=2)
 
@@ -91,7 +91,10 @@ def prove(architecture, hidden, *, fused, scale=None, failure=None):
             raise RuntimeError(failure)
         return {**_product(self, *inputs), **({} if scale is None else {"scale": scale})}
 
-    with patch("nblens.model.readout.runs_fast", lambda weight: True), patch.object(FusedReadout, "_product", product):
+    with (
+        patch("nblens.readout.readout.runs_fast", lambda weight: True),
+        patch.object(FusedReadout, "_product", product),
+    ):
         readout = Readout(architecture, fused=fused)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -3,7 +3,7 @@
 import torch
 from tiny_models import D_MODEL, N_BLOCKS
 
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 
 
 def make_lens(kind="tuned", *, d_model=D_MODEL, n_blocks=N_BLOCKS, scale=0.1, dtype=torch.float32, seed=0, **fields):

@@ -6,7 +6,7 @@ from tiny_models import N_BLOCKS, VOCAB_SIZE, prompt_ids
 
 import nblens
 from nblens import Steer, SteeringVector
-from nblens.runtime.local import LocalBackend
+from nblens.backends.local import LocalBackend
 
 TEXT = "the cat sat on the mat"
 PAIRS = [("the cat sat", "a dog"), ("one day", "her house")]

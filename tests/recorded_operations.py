@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
-from nblens.model.recording import Recording
+from nblens.engine.cuda_graph import Recording
 
 _READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::unique_dim", "aten::_unique2")
 """operations whose result Python must wait for"""
@@ -28,7 +28,7 @@ class OperationRecorder:
         self.recorded = self.replayed = 0
 
     def record(self, step: Callable[[], torch.Tensor]) -> Recording:
-        """See `nblens.model.recording.Recorder.record`."""
+        """See `nblens.engine.cuda_graph.Recorder.record`."""
         tape = _Tape()
         with pytest.MonkeyPatch.context() as patch, tape:
             patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)  # so that masks are not looked into

@@ -3,7 +3,7 @@
 import numpy as np
 
 from nblens.steering.report import SteerabilityReport
-from nblens.steering.steerability import DoseResponse, SideEffects
+from nblens.steering.statistics import DoseResponse, SideEffects
 
 COEFFICIENTS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 

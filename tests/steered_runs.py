@@ -17,9 +17,9 @@ from tiny_models import N_BLOCKS, VOCAB_SIZE, tiny_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.results import RunResult
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
 from nblens.specs import (
     ActivationSlice,
     CaptureSpec,

@@ -13,8 +13,8 @@ from tiny_models import prompt_ids, tiny_model, tiny_tokenizer
 
 import nblens
 from nblens import DoesNotFitError, NblensError, UnsupportedModelError, UserError
-from nblens.runtime.rank import LoadOrder, Rank
-from nblens.runtime.rank_news import Reporter
+from nblens.backends.rank import LoadOrder, Rank
+from nblens.backends.rank_news import Reporter
 
 
 @pytest.fixture(scope="module")

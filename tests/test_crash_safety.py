@@ -29,7 +29,7 @@ def saves():
     from trajectories import made_up
 
     import nblens
-    from nblens.jupyter.magics import _writer
+    from nblens.jupyter.magics.magics import _writer
     from nblens.lens.by_site import SiteTrajectories
 
     vector = nblens.SteeringVector("v", {1: np.ones(3000)})
@@ -109,7 +109,7 @@ def test_the_old_file_is_whole_after_a_kill(killed, kind, moment):
 WRITERS = {"write_text", "write_bytes", "save_file", "tofile", "to_csv", "savetxt", "savez"}
 OWN = {
     "files.py": "the one that the others go through",
-    "runtime/activation_file.py": "streams into a temporary file, and renames",
+    "engine/activation_file.py": "streams into a temporary file, and renames",
     "demo/train.py": "makes the built-in model, and is not called by it",
     "steering/gguf_file.py": "the gguf package writes a draft into a folder of its own",
 }

@@ -34,11 +34,12 @@ LONGEST_PROSE = 3
 def public_classes() -> dict[str, type]:
     """What users are given: exported classes, and those that exported methods return."""
     from nblens.lens.by_site import SiteTrajectories
-    from nblens.lens.store import LensStore
+    from nblens.lens.lens_store import LensStore
     from nblens.results import Sweep
+    from nblens.steering.live_steering import LiveSteering
     from nblens.steering.report import SteerabilityReport
-    from nblens.steering.steerability import CoefficientRange, DoseResponse, SideEffects
-    from nblens.steering.store import LiveSteering, VectorStore
+    from nblens.steering.statistics import CoefficientRange, DoseResponse, SideEffects
+    from nblens.steering.vector_store import VectorStore
 
     exported = {name: getattr(nblens, name) for name in nblens.__all__ if inspect.isclass(getattr(nblens, name))}
     met = (SiteTrajectories, Sweep, SteerabilityReport, DoseResponse, SideEffects, CoefficientRange)

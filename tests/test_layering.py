@@ -13,28 +13,31 @@ PACKAGE = Path(nblens.__file__).parent
 
 # room → the rooms it may import. A room is a module or folder directly under nblens/; a new one is added here and in
 # CONTRIBUTING.md. `nblens` is the package's own __init__.py, which only offers names and is imported by nobody inside.
-FOUNDATION = {"errors", "files", "layers", "specs"}
-COMPUTE = FOUNDATION | {"model", "lens", "steering", "runtime"}
+GROUND = {"errors", "files", "layers", "specs"}
+COMPUTE = GROUND | {"model", "readout", "lens", "steering", "engine", "backends"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "layers": {"errors"},
     "specs": {"errors", "layers"},
-    "appearance": {"errors"},
-    "plots": {"errors", "appearance"},
+    "text": {"errors"},
+    "colors": {"text"},
+    "plots": {"errors", "text", "colors"},
     "demo": set(),
-    "model": FOUNDATION,
-    "planning": FOUNDATION | {"model", "appearance"},
-    "lens": FOUNDATION | {"model", "appearance", "plots"},
-    "steering": FOUNDATION | {"model", "appearance", "plots"},
-    "runtime": FOUNDATION | {"model", "lens", "steering"},
-    "requests": FOUNDATION | {"model", "lens", "steering"},
-    "results": FOUNDATION | {"model", "lens", "steering", "plots"},
-    "progress": FOUNDATION,
-    "evaluation": FOUNDATION | {"model", "steering", "progress"},
-    "session": COMPUTE | {"requests", "results", "progress", "evaluation"},
+    "model": GROUND,
+    "readout": GROUND | {"model"},
+    "planning": GROUND | {"model", "text"},
+    "lens": GROUND | {"model", "readout", "text", "colors", "plots"},
+    "steering": GROUND | {"model", "text", "plots"},
+    "engine": GROUND | {"model", "readout", "lens", "steering"},
+    "backends": GROUND | {"model", "engine"},
+    "builder": GROUND | {"model", "lens", "steering"},
+    "results": GROUND | {"model", "lens", "steering", "plots"},
+    "progress": GROUND,
+    "evaluation": GROUND | {"model", "steering", "progress"},
+    "session": COMPUTE | {"builder", "results", "progress", "evaluation"},
     "loading": COMPUTE | {"planning", "session", "demo"},
-    "jupyter": COMPUTE | {"appearance", "plots", "planning", "requests", "results", "session", "loading"},
+    "jupyter": COMPUTE | {"text", "colors", "plots", "planning", "builder", "results", "session", "loading"},
     "nblens": COMPUTE | {"planning", "results", "session", "loading", "jupyter"},
 }
 NOTEBOOK_PACKAGES = {"IPython", "ipykernel", "ipywidgets", "anywidget"}
@@ -95,7 +98,7 @@ def test_lens_and_steering_may_not_import_each_other():
         ("lens/a.py", "from nblens.steering.bank import Bank", "lens imports steering"),
         ("steering/a.py", "def f():\n    import nblens.lens.trajectory", "steering imports lens"),
         ("model/a.py", "from ..lens import trajectory", "model imports lens"),
-        ("runtime/a.py", "from nblens import session", "runtime imports session"),
+        ("engine/a.py", "from nblens import session", "engine imports session"),
         ("session.py", "from .jupyter.magics import Magics", "session imports jupyter"),
         ("session.py", "from IPython.display import display", "session imports IPython"),
         ("plots/grid.py", "from ..model import sites", "plots imports model"),
@@ -118,7 +121,7 @@ def test_a_planted_breach_is_found(tmp_path, path, source, breach):
     [
         ("jupyter/magics.py", "import IPython\nfrom nblens.session import current"),
         ("lens/trajectory.py", "def plot():\n    from nblens import plots\n    from . import html"),
-        ("loading.py", "from nblens.demo import folder\nfrom .runtime import engine"),
+        ("loading.py", "from nblens.demo import folder\nfrom .engine import run"),
     ],
 )
 def test_an_allowed_import_is_no_breach(tmp_path, path, source):

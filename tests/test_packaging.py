@@ -200,7 +200,7 @@ def test_the_table_of_peers_has_the_figures_of_the_results():
 
 
 def test_the_readmes_ways_to_load_are_options_that_there_are():
-    from nblens.jupyter.arguments import LOAD
+    from nblens.jupyter.magics.arguments import LOAD
 
     lines = re.findall(r"^%load_sharded (meta-llama\S+(?: \S+)*)", README, re.M)
     assert len(lines) == 6

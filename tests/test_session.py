@@ -38,7 +38,7 @@ from nblens import (
     UserError,
     VectorMismatchError,
 )
-from nblens.runtime.backend import Control
+from nblens.engine.control import Control
 from nblens.specs import ActivationSlice, CaptureSpec, RunSpec, TokensSampled
 
 WEIGHTS = Path(nblens.__file__).parent / "demo" / "weights"

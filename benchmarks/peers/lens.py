@@ -41,8 +41,8 @@ def nblens_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
     """What a session asks of its engine: arrays, no text."""
     import numpy as np
 
-    from nblens.runtime.backend import Control
-    from nblens.runtime.engine import Engine
+    from nblens.engine.control import Control
+    from nblens.engine.engine import Engine
     from nblens.specs import LensSpec, ReadoutSlice, RunSpec
 
     engine = Engine(model, pad_id=0)

@@ -10,10 +10,10 @@ import numpy as np
 
 from nblens.errors import UserError
 from nblens.evaluation.doses import Dose
+from nblens.evaluation.measurement import EncodedSamples
 from nblens.evaluation.scorer import Scorer
-from nblens.evaluation.steerability import EncodedSamples
 from nblens.steering.samples import Sample, balanced, letter_of
-from nblens.steering.steerability import DoseResponse
+from nblens.steering.statistics import DoseResponse
 from nblens.steering.vectors import SteeringVector
 
 __all__ = ["LayerChoice", "Splits", "choose_layer", "split"]

@@ -22,7 +22,7 @@ from nblens.specs import (
     TokensSampled,
     finished,
 )
-from nblens.steering.steerability import SideEffects, distinct_ngrams
+from nblens.steering.statistics import SideEffects, distinct_ngrams
 
 __all__ = ["Scorer"]
 

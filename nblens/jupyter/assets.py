@@ -1,4 +1,4 @@
-"""The scripts and stylesheets of the widgets: small files under `static/`, put together when they are needed.
+"""The scripts and stylesheets of the widgets: small files beside the Python, put together when they are needed.
 
 Each file is a module of its own that says what it takes from its neighbours. Here those lines are left out and the
 files are set under each other, because a widget's script reaches the page as one text without an address.
@@ -11,18 +11,18 @@ import re
 from functools import cache
 from pathlib import Path
 
-from nblens.appearance import DIFFERENCE_COLORS, MAGNITUDE_COLORS, TITLES
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, TITLES
 from nblens.plots.canvas import LINE_COLORS
 
 __all__ = ["script", "style"]
 
-_FOLDER = Path(__file__).parent / "static"
-_IMPORT = re.compile(r'^import \{[^}]*\} from "\./([a-z_]+)\.js";\n', re.MULTILINE)
+_FOLDER = Path(__file__).parent
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\.\.?/([a-z_]+)\.js";\n', re.MULTILINE)
 
 
 @cache
 def script(*names: str) -> str:
-    """One module of the named files, each after those that it imports from."""
+    """One module of the named files, such as "grid/grid_text", each after those that it imports from."""
     constants = {
         "MAGNITUDE_COLORS": MAGNITUDE_COLORS,
         "DIFFERENCE_COLORS": DIFFERENCE_COLORS,
@@ -36,12 +36,12 @@ def script(*names: str) -> str:
         missing = set(_IMPORT.findall(text)) - seen
         if missing:
             raise ValueError(f"{name}.js imports from {', '.join(sorted(missing))}, which must come before it")
-        seen.add(name)
+        seen.add(Path(name).name)
         parts.append(_IMPORT.sub("", text))
     return "".join(parts)
 
 
 @cache
 def style(name: str) -> str:
-    """A stylesheet."""
+    """A stylesheet, such as "grid/grid"."""
     return (_FOLDER / f"{name}.css").read_text(encoding="utf-8")

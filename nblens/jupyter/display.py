@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from nblens.appearance import aligned, byte_size, plain, short_number
 from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
@@ -21,11 +20,12 @@ from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.difference import Comparison, TrajectoryDiff
 from nblens.lens.html import render_fragment
 from nblens.lens.trajectory import Trajectory
+from nblens.text import aligned, byte_size, plain, short_number
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from nblens.jupyter.trajectory_grid import TrajectoryGrid
+    from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
     from nblens.planning.plan import Plan
     from nblens.results import Generation, Sweep
     from nblens.session import Session
@@ -226,7 +226,7 @@ def _as_grid(obj: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {HTML: render_fragment(obj, metric=view.metric)}, {}
     grid, view.grid = view.grid, None
     if grid is None:
-        from nblens.jupyter.trajectory_grid import TrajectoryGrid
+        from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
 
         grid = TrajectoryGrid(obj, metric=view.metric)
         belongs_to_cell(grid)

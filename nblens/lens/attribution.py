@@ -13,7 +13,7 @@ import torch
 from nblens.errors import NumericalError, UserError, escaped
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
-from nblens.model.frozen_tail import FrozenTail
+from nblens.readout.frozen_tail import FrozenTail
 from nblens.specs import AttributionSpec, ReadoutSlice
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nblens.errors import UserError
 from nblens.lens.jacobian import JacobianFit
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 from nblens.model.architecture import Architecture, output_device
 from nblens.specs import FitFinished, FitSpec, LensTensors, Progress
 

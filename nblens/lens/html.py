@@ -21,23 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from nblens.appearance import (
-    DIFFERENCE_COLORS,
-    MAGNITUDE_COLORS,
-    Scale,
-    cell_values,
-    changed_values,
-    display_width,
-    fit,
-    ink,
-    percent,
-    plain,
-    short_number,
-    visible,
-)
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, cell_values, changed_values, ink
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.difference import Comparison, TrajectoryDiff
 from nblens.lens.trajectory import Trajectory
+from nblens.text import display_width, fit, percent, plain, short_number, visible
 
 __all__ = ["MAX_CELLS", "render_fragment", "render_page", "render_texts"]
 

@@ -13,7 +13,7 @@ import torch
 
 from nblens.errors import FileFormatError, UserError, first_line
 from nblens.files import plain_file, read_safetensors
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 
 __all__ = ["lens_file", "read_published"]
 

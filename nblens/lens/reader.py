@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from nblens.errors import NumericalError
-from nblens.lens.translators import Lens, depth_of
+from nblens.lens.lens import Lens, depth_of
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
-from nblens.model.readout import Readout, ReadoutResult
+from nblens.readout.readout import Readout, ReadoutResult
 from nblens.specs import LensSpec, ReadoutSlice
 
 __all__ = ["LensReader"]

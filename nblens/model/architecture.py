@@ -22,7 +22,7 @@ from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from nblens.model.pipeline import Stage
+    from nblens.model.stage import Stage
 
 __all__ = [
     "Architecture",

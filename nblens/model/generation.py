@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 
 from nblens.errors import NumericalError, UserError
-from nblens.model.feeding import Feeding
+from nblens.model.batching import Batching
 from nblens.specs import GenerationSpec
 
 if TYPE_CHECKING:
@@ -170,11 +170,11 @@ class SteppingLoop:
         observer: Observer,
         *,
         width: int,
-        feeding: Feeding | None = None,
+        batching: Batching | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         self._model, self._batch, self._observer, self._decoder = model, batch, observer, decoder
-        self._width, self._feeding = max(1, width), feeding or Feeding()
+        self._width, self._batching = max(1, width), batching or Batching()
         self._takes = {name for name in ("position_ids", "logits_to_keep") if takes(model, name)}
         self._cache_name = cache_name(model)
         self._first = batch.first_columns
@@ -279,9 +279,9 @@ class SteppingLoop:
             self._cache_name: self._cache,
             "use_cache": True,
         }
-        if self._feeding.masked:
+        if self._batching.masked:
             arguments["attention_mask"] = self._mask[:, : columns.stop]
-        if self._feeding.positions and "position_ids" in self._takes:
+        if self._batching.positions and "position_ids" in self._takes:
             arguments["position_ids"] = self._positions(columns).clamp(min=0).to(ids.device)
         if "logits_to_keep" in self._takes:
             # A lens reads prompt logits itself; the model projects the last column, or nothing at all

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from nblens.appearance import aligned, byte_size, plain, short_number
+from nblens.text import aligned, byte_size, plain, short_number
 
 __all__ = ["DevicePlan", "Plan", "Proposal"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from nblens.appearance import byte_size
 from nblens.errors import UnsupportedModelError, UserError
 from nblens.planning.devices import Limits, accelerators
 from nblens.planning.plan import Plan, Proposal
 from nblens.planning.sharing import NO_ROOM, Setting
+from nblens.text import byte_size
 
 __all__ = ["Solver", "proposals_for"]
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from nblens.errors import UserError
 from nblens.model.placement import in_words, step_tokens
-from nblens.model.readout import TILE_ELEMENTS
 from nblens.planning.blueprint import Blueprint
 from nblens.planning.devices import Limits, accelerators, device_name
 from nblens.planning.plan import DevicePlan
+from nblens.readout.readout import TILE_ELEMENTS
 
 __all__ = ["NO_ROOM", "Setting", "device_plans", "infer_device_map"]
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import fit, plain, visible
 from nblens.plots.canvas import LINE_COLORS, drawable, new_figure, text_font, tidy, token_font
+from nblens.text import fit, plain, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import fit, plain
+from nblens.text import fit, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import TITLES, cell_values, fit, plain, visible
+from nblens.colors import TITLES, cell_values
 from nblens.errors import UserError
 from nblens.plots.canvas import (
     LINE_COLORS,
@@ -20,6 +20,7 @@ from nblens.plots.canvas import (
     write_title,
 )
 from nblens.plots.pools import pools
+from nblens.text import fit, plain, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

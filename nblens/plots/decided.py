@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import plain
 from nblens.errors import UserError
 from nblens.plots.canvas import LINE_COLORS, drawable, new_figure, text_font, tidy
 from nblens.plots.pools import pools
+from nblens.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

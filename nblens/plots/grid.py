@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import Scale, cell_values, changed_values, display_width, fit, ink, visible
+from nblens.colors import Scale, cell_values, changed_values, ink
 from nblens.errors import UserError
 from nblens.plots.canvas import SMALL, drawable, new_figure, origin, token_font, write_title
+from nblens.text import display_width, fit, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

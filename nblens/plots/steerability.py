@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import plain, short_number
 from nblens.errors import UserError
 from nblens.plots.canvas import LINE_COLORS, clear, drawable, label_ends, new_figure, text_font, tidy, write_title
+from nblens.text import plain, short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

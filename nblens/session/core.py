@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nblens.backends.backend import Backend
+from nblens.builder import RequestBuilder
 from nblens.errors import Interrupted, NoModelError, UserError, escaped
 from nblens.evaluation.neutral import NEUTRAL_TEXTS
-from nblens.lens.store import LensStore
-from nblens.lens.translators import LOGIT, Lens
+from nblens.lens.lens import LOGIT, Lens
+from nblens.lens.lens_store import LensStore
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.placement import Placement
 from nblens.model.tokens import TokenTexts
-from nblens.requests import RequestBuilder
 from nblens.results import Generation, RunResult
-from nblens.runtime.backend import Backend
 from nblens.specs import Event, LensTensors, ReadoutSlice, Request, RunSpec, Steer, SteeringWrite, finished
-from nblens.steering.store import LiveSteering, Steering, VectorStore
+from nblens.steering.live_steering import LiveSteering
+from nblens.steering.vector_store import Steering, VectorStore
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from nblens.errors import UserError
 from nblens.evaluation.layer_choice import choose_layer, split
+from nblens.evaluation.measurement import EncodedSamples, Measurement, measure
 from nblens.evaluation.scorer import Scorer
-from nblens.evaluation.steerability import EncodedSamples, Measurement, measure
 from nblens.layers import parse_layers
 from nblens.specs import check_coefficient
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_samples
-from nblens.steering.store import check_op
+from nblens.steering.vector_store import check_op
 from nblens.steering.vectors import SteeringVector
 
 if TYPE_CHECKING:

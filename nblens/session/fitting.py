@@ -7,7 +7,7 @@ from typing import Any
 
 from nblens.errors import Interrupted
 from nblens.lens.fitting import data_hash
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 from nblens.progress import progress_bar
 from nblens.session.core import SessionCore
 from nblens.specs import FitFinished, FitSpec, finished

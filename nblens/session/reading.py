@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nblens.builder import Prompt
 from nblens.errors import UserError
 from nblens.lens.attribution import Attribution
 from nblens.lens.difference import Comparison
-from nblens.requests import Prompt
 from nblens.results import RunResult
 from nblens.session.core import SessionCore, Watch
 from nblens.specs import LENS_METRICS, RunSpec
-from nblens.steering.store import Steering
+from nblens.steering.vector_store import Steering
 
 __all__ = ["Reading"]
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from nblens.builder import Prompt
 from nblens.errors import Interrupted, UserError
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.scorer import Scorer
 from nblens.layers import parse_layers
 from nblens.progress import progress_bar
-from nblens.requests import Prompt
 from nblens.results import RunResult, Sweep
 from nblens.session.core import SessionCore
 from nblens.specs import ExtractionFinished, ExtractionSpec, RunSpec, Steer, check_coefficient, finished
 from nblens.steering.extraction import Read, best_block, read_name
 from nblens.steering.samples import Sample
-from nblens.steering.store import Steering, check_name
+from nblens.steering.vector_store import Steering, check_name
 from nblens.steering.vectors import SteeringVector
 
 __all__ = ["SteeringRequests"]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.appearance import display_width
 from nblens.errors import FileFormatError, UserError
 from nblens.files import replace_file
-from nblens.steering.steerability import CoefficientRange, DoseResponse, SideEffects, near_zero, percentile_among
+from nblens.steering.statistics import CoefficientRange, DoseResponse, SideEffects, near_zero, percentile_among
 from nblens.steering.summary import summary_rows
+from nblens.text import display_width
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nblens.appearance import percent, plain, short_number
 from nblens.layers import format_layers
+from nblens.text import percent, plain, short_number
 
 if TYPE_CHECKING:
     from nblens.steering.report import SteerabilityReport
-    from nblens.steering.steerability import DoseResponse
+    from nblens.steering.statistics import DoseResponse
 
 __all__ = ["summary_rows"]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from trajectories import made_up
 
-from nblens import appearance
-from nblens.appearance import Scale
-from nblens.jupyter.grid_payload import decode_logprobs, encode_logprobs
-from nblens.jupyter.trajectory_grid import TrajectoryGrid
+from nblens import text as appearance
+from nblens.colors import Scale
+from nblens.jupyter.grid.payload import decode_logprobs, encode_logprobs
+from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
 
 AREA = "{width: 800, height: 400, columns: 2000, rows: 80}"
 

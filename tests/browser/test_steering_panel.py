@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nblens.jupyter.steering_panel import SteeringPanel
+from nblens.jupyter.panel.steering_panel import SteeringPanel
 
 sync_api = pytest.importorskip("playwright.sync_api")
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from trajectories import VOCABULARY, made_up, made_up_comparison
 
-from nblens.appearance import MAGNITUDE_COLORS, Scale, percent, visible
-from nblens.jupyter.live_grid import LiveGrid
-from nblens.jupyter.trajectory_grid import TrajectoryGrid
+from nblens.colors import MAGNITUDE_COLORS, Scale
+from nblens.jupyter.grid.live_grid import LiveGrid
+from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
 from nblens.lens.by_site import SiteTrajectories
+from nblens.text import percent, visible
 
 HOSTILE = "<img src=x onerror=\"document.title='hit'\">"
 
@@ -135,7 +136,7 @@ def test_metric_view_and_site_are_switched_on_the_page(show, page):
 
 @pytest.mark.parametrize("metric", ["prob", "entropy", "kl", "rank"])
 def test_every_number_of_every_view_is_the_one_of_python(show, page, metric):
-    from nblens.appearance import cell_values, changed_values
+    from nblens.colors import cell_values, changed_values
 
     comparison = made_up_comparison(6, 8)
     show(TrajectoryGrid(comparison))

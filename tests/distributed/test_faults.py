@@ -18,8 +18,8 @@ from distributed.conftest import load_beside
 
 import nblens
 from nblens import Interrupted, UserError, WorkerError, loading
-from nblens.runtime.rank import LoadOrder, Rank
-from nblens.runtime.ray_cluster import RayBackend
+from nblens.backends.rank import LoadOrder, Rank
+from nblens.backends.ray_cluster import RayBackend
 from nblens.session import Session
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]

@@ -9,8 +9,8 @@ import pytest
 import nblens
 from nblens import Interrupted
 from nblens.demo.corpus import contrast_pairs
-from nblens.jupyter.live_grid import LiveGrid
-from nblens.jupyter.steering_panel import SteeringPanel
+from nblens.jupyter.grid.live_grid import LiveGrid
+from nblens.jupyter.panel.steering_panel import SteeringPanel
 from nblens.model.generation import SteppingLoop
 
 PROMPTS = ["The picture was", "The day was", "The capital of France is", "In Warsaw you pay with the"]

@@ -4,11 +4,11 @@ import random
 import time
 
 import pytest
-from kernels import Kernel
+from live_kernels import Kernel
 
 SETUP = """
 %load_ext nblens
-import nblens, nblens.loading, nblens.jupyter.trajectory_grid, transformers.models.llama.modeling_llama
+import nblens, nblens.loading, nblens.jupyter.grid.trajectory_grid, transformers.models.llama.modeling_llama
 from nblens.demo.corpus import contrast_pairs
 pairs = contrast_pairs("mood")[:24]
 text = "A page about the museum. The picture was " * 6

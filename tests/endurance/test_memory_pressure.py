@@ -16,8 +16,8 @@ from transformers import DynamicCache
 
 import nblens
 from nblens import DeviceMemoryError
+from nblens.engine.engine import Engine
 from nblens.model.capture import CaptureBuffer
-from nblens.runtime.engine import Engine
 
 PROMPT = prompt_ids(12)
 PAIRS = [("the cat sat", "a dog"), ("one day", "her house"), ("the red house", "a man"), ("the mat", "her tea")]

@@ -13,7 +13,7 @@ from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model, tiny_tokenize
 
 import nblens
 from nblens import Lens, NumericalError, Steer, SteeringVector, UnsupportedModelError, UserError
-from nblens.jupyter.live import LiveRequest, LiveRunner
+from nblens.jupyter.panel.live_text import LiveRequest, LiveRunner
 from nblens.specs import STEER_OPS
 
 PROMPT = prompt_ids(9)

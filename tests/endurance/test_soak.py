@@ -1,7 +1,7 @@
 """A day in one kernel: cells run again and again, and what a process may gather does not grow."""
 
 import pytest
-from kernels import Kernel
+from live_kernels import Kernel
 
 SETUP = """
 %load_ext nblens

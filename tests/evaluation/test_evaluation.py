@@ -14,11 +14,11 @@ from steered_runs import PlainWrite, direction, endless_model, hook_count, plain
 from tiny_models import N_BLOCKS, tiny_tokenizer
 
 from nblens import Interrupted, Sample, Steer, SteeringVector, UserError
+from nblens.engine.control import Control
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.layer_choice import choose_layer, split
+from nblens.evaluation.measurement import EncodedSamples
 from nblens.evaluation.scorer import Scorer
-from nblens.evaluation.steerability import EncodedSamples
-from nblens.runtime.backend import Control
 from nblens.steering.samples import letter_of
 
 V, W = direction(0), direction(1)

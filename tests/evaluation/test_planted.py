@@ -13,7 +13,7 @@ from tiny_models import D_MODEL, N_BLOCKS, tiny_model, tiny_tokenizer
 import nblens
 from nblens import Sample, SteeringVector
 from nblens.evaluation.doses import Dose
-from nblens.steering.steerability import distinct_ngrams
+from nblens.steering.statistics import distinct_ngrams
 
 LARGE = 1e6
 LETTERS = "ABCDEFGHIJKLMNOP"

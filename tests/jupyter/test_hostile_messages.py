@@ -12,8 +12,8 @@ from steered_runs import endless_model, hook_count
 from tiny_models import N_BLOCKS
 from trajectories import made_up
 
-from nblens.jupyter.steering_panel import SteeringPanel
-from nblens.jupyter.trajectory_grid import TrajectoryGrid
+from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
+from nblens.jupyter.panel.steering_panel import SteeringPanel
 
 VALUES = st.recursive(
     st.one_of(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from trajectories import VOCABULARY, made_up, made_up_comparison, made_up_pair
 
-from nblens.appearance import DIFFERENCE_COLORS, MAGNITUDE_COLORS, contrast
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, contrast
 from nblens.errors import UserError
 from nblens.lens import html
 from nblens.lens.by_site import SiteTrajectories

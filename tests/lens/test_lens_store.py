@@ -10,7 +10,7 @@ from lenses import make_lens
 from tiny_models import prompt_ids, tiny_model
 
 from nblens.errors import FileFormatError, UserError
-from nblens.lens.store import LensStore
+from nblens.lens.lens_store import LensStore
 
 PROMPT = prompt_ids(7)
 

@@ -11,7 +11,7 @@ from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model
 
 from nblens.errors import FileFormatError, UserError
 from nblens.files import write_safetensors
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 
 PROMPT = prompt_ids(11)
 

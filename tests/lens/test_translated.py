@@ -8,7 +8,7 @@ from lenses import exact_translators, make_lens
 from tiny_models import FAMILIES, N_BLOCKS, VOCAB_SIZE, prompt_ids, tiny_model
 
 from nblens.errors import UserError
-from nblens.lens.translators import Lens
+from nblens.lens.lens import Lens
 from nblens.model.sites import SITES
 from nblens.specs import LensSpec, RunSpec
 

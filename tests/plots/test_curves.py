@@ -3,9 +3,9 @@ import pytest
 from figures import drawn, texts
 from trajectories import VOCABULARY, made_up, made_up_comparison
 
-from nblens.appearance import visible
 from nblens.errors import UserError
 from nblens.plots import depth_curves, token_curves
+from nblens.text import visible
 
 
 def test_curves_follow_the_targets_and_are_labelled_at_their_ends():

@@ -3,9 +3,10 @@ import pytest
 from figures import drawn, labels, texts
 from trajectories import VOCABULARY, made_up, made_up_comparison, made_up_pair
 
-from nblens.appearance import MAGNITUDE_COLORS, visible
+from nblens.colors import MAGNITUDE_COLORS
 from nblens.errors import UserError
 from nblens.plots import trajectory_grid
+from nblens.text import visible
 
 
 def test_a_grid_has_the_top_token_in_each_cell_with_the_last_block_on_top():

@@ -5,7 +5,7 @@ from reports import COEFFICIENTS, lines, made_up_report, saturating
 
 from nblens.errors import UserError
 from nblens.plots import dose_response, layer_sweep, strength_curve
-from nblens.steering.steerability import DoseResponse, SideEffects
+from nblens.steering.statistics import DoseResponse, SideEffects
 
 STRANGE = "$x$ \\frac{ 中文 \u202e"
 

@@ -10,11 +10,11 @@ from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model, tiny_tokenize
 
 import nblens
 from nblens import UserError
+from nblens.engine import extracting
+from nblens.engine.control import Control
+from nblens.engine.engine import Engine
 from nblens.files import read_safetensors, write_safetensors
 from nblens.model.generation import Batch
-from nblens.runtime import extracting
-from nblens.runtime.backend import Control
-from nblens.runtime.engine import Engine
 from nblens.specs import EXTRACTION_METHODS, ExtractionFinished, ExtractionSpec, Progress
 from nblens.steering.estimators import ESTIMATORS, METHODS
 from nblens.steering.extraction import (

@@ -5,7 +5,8 @@ import pytest
 
 from nblens.errors import UserError
 from nblens.specs import Steer
-from nblens.steering.store import LiveSteering, VectorStore
+from nblens.steering.live_steering import LiveSteering
+from nblens.steering.vector_store import VectorStore
 from nblens.steering.vectors import SteeringVector
 
 

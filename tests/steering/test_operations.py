@@ -20,8 +20,8 @@ from steered_runs import (
 from tiny_models import prompt_ids
 
 from nblens import Steer, UserError
+from nblens.engine.engine import Engine
 from nblens.model.generation import Batch
-from nblens.runtime.engine import Engine
 from nblens.specs import STEER_OPS, SteeringWrite, TokensSampled
 from nblens.steering.bank import SteeringBank
 from nblens.steering.operations import OPERATIONS, REST

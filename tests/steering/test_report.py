@@ -13,7 +13,7 @@ from reports import COEFFICIENTS, lines, made_up_report, saturating
 
 from nblens import FileFormatError, UserError
 from nblens.steering.report import SteerabilityReport
-from nblens.steering.steerability import DoseResponse, SideEffects
+from nblens.steering.statistics import DoseResponse, SideEffects
 
 NAN = float("nan")
 BARE = {

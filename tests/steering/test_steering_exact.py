@@ -21,7 +21,7 @@ from steered_runs import (
 )
 from tiny_models import prompt_ids
 
-from nblens.runtime.engine import Engine
+from nblens.engine.engine import Engine
 from nblens.specs import ActivationSlice, SteeringWrite, TokensSampled
 
 families = pytest.mark.parametrize("family", STEERED_FAMILIES)

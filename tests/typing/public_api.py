@@ -12,7 +12,7 @@ import nblens
 from nblens.lens.by_site import SiteTrajectories
 from nblens.results import Sweep
 from nblens.steering.report import SteerabilityReport
-from nblens.steering.steerability import CoefficientRange, DoseResponse
+from nblens.steering.statistics import CoefficientRange, DoseResponse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,0 +1,139 @@
+"""`LocalBackend`: the engine in this process, on a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol, Self
+
+from nblens.engine.control import Coefficients, Control
+from nblens.errors import WorkerError
+from nblens.specs import FINISHED, Event, Request, RunFinished
+
+__all__ = ["LocalBackend"]
+
+_PATIENCE = 0.1  # seconds
+
+
+class Runs(Protocol):
+    """What serves one request after the other: an `Engine`, or what stands for several of them."""
+
+    def run(self, spec: Request, emit: Callable[[Event], None], control: Control) -> None:
+        """Serve a request; events go to `emit`, the finishing one last."""
+
+
+class LocalBackend:
+    """One worker thread that owns the model; callers wait for it and can be interrupted while they wait."""
+
+    def __init__(self, engine: Runs, new_control: Callable[[], Control] = Control) -> None:
+        self._engine: Runs | None = engine
+        self._new_control = new_control
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._running: _Request | None = None
+        self._lock = threading.Lock()
+        self._closed = self._begun = False
+        # started with the first request: until then an interrupt that ends loading leaves no thread, and no model in it
+        self._thread = threading.Thread(target=self._work, name="nblens-worker", daemon=True)
+
+    def stream(self, spec: Request) -> _Request:
+        """See `Backend.stream`."""
+        with self._lock:
+            if not (self._closed or self._begun):
+                self._begun = True
+                self._thread.start()
+            if self._closed or not self._thread.is_alive():
+                raise WorkerError("the model was unloaded; load one with nblens.load() or %load_sharded")
+            request = _Request(spec, self._new_control())
+            self._requests.put(request)
+        return request
+
+    def steer(self, coefficients: Coefficients) -> None:
+        """See `Backend.steer`."""
+        if request := self._running:
+            request.steer(coefficients)
+
+    def cancel(self) -> None:
+        """See `Backend.cancel`."""
+        if request := self._running:
+            request.cancel()
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        with self._lock:
+            self._closed = True
+            while not self._requests.empty():
+                if (request := self._requests.get()) is not None:
+                    request.cancel()
+            self._requests.put(None)
+        self.cancel()
+        if self._begun and threading.current_thread() is not self._thread:
+            self._thread.join()
+        self._engine = None
+
+    def _work(self) -> None:
+        while (request := self._requests.get()) is not None:
+            if request.start():
+                self._running = request
+                if self._closed:
+                    request.cancel()
+                try:
+                    self._engine.run(request.spec, request.put, request.control)
+                except BaseException as error:
+                    request.put(error)
+                finally:
+                    self._running = None
+            del request  # an idle worker must not keep the last request's tensors alive
+
+
+class _Request:
+    """One request and the events that came of it so far."""
+
+    def __init__(self, spec: Request, control: Control) -> None:
+        self.spec, self.control = spec, control
+        self.log: list[Any] = []  # events, the last one perhaps an error, which iteration raises
+        """every event so far: an interrupt may take one from the caller's hands, never from here"""
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._next = 0
+        self._lock = threading.Lock()
+        self._started = False
+
+    def put(self, event: Event | BaseException) -> None:
+        """Hand an event to the caller."""
+        self.log.append(event)
+        self._wake.put(None)
+
+    def start(self) -> bool:
+        """Begin, unless it was cancelled while it waited for its turn."""
+        with self._lock:
+            self._started = not self.control.cancelled
+            return self._started
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        while self._next >= len(self.log):
+            if self.log and isinstance(self.log[-1], (*FINISHED, BaseException)):
+                raise StopIteration
+            # not for ever: a Ctrl-C that comes just before the wait would not end it
+            with suppress(queue.Empty):
+                self._wake.get(timeout=_PATIENCE)
+        event = self.log[self._next]
+        self._next += 1
+        if isinstance(event, BaseException):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        """Stop it; one that has not begun ends at once."""
+        with self._lock:
+            again = self.control.cancelled
+            self.control.cancel()
+            if not self._started and not again:
+                self.put(RunFinished(True, {}))
+
+    def steer(self, coefficients: Coefficients) -> None:
+        """Leave coefficients for its next step."""
+        self.control.steer(coefficients)

@@ -1,0 +1,257 @@
+"""`Rank`: the engine in one of several processes that share a model, driven from outside by messages.
+
+What comes and goes is pickled here, not by Ray, whose arrays would be read-only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pickle
+import queue
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import ray
+import torch
+
+from nblens.backends.rank_news import News, Reporter
+from nblens.engine.control import Coefficients
+from nblens.engine.engine import Engine
+from nblens.engine.ranks import AgreedControl, Ranks
+from nblens.errors import NblensError, UserError
+from nblens.model.architecture import ModelFacts
+from nblens.model.placement import Placement, describe_placement
+from nblens.specs import Event, Request, RunSpec
+
+__all__ = ["Failure", "Joined", "LoadOrder", "Rank"]
+
+_PATIENCE = timedelta(minutes=30)  # of a collective: longer than any step, shorter than for ever
+_CHECK = timedelta(seconds=5)
+_LINES = 4  # of a traceback, in an error
+
+
+@dataclass(frozen=True)
+class LoadOrder:
+    """Which model, and how it is spread."""
+
+    source: str
+    where: Mapping[str, Any]
+    """revision and trust_remote_code"""
+    dtype: str
+    """"auto": the checkpoint's own on a GPU, float32 on a CPU"""
+    pad_id: int
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    @property
+    def size(self) -> int:
+        """Ranks."""
+        return max(self.tp, self.pp)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A rank that has loaded its part."""
+
+    facts: ModelFacts
+    placement: Placement
+    parameters: Mapping[str, int]
+    """how many numbers each of its parameters has, over all ranks that share it"""
+    pid: int
+    node: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised."""
+
+    rank: int
+    at: float
+    """seconds since the epoch"""
+    message: str
+    """the error's own, and the end of its traceback"""
+    error: NblensError | None = None
+    """where it was raised on purpose"""
+    died: bool = False
+    """the process is no more"""
+
+
+class Rank:
+    """One process. `steer`, `cancel`, `news` and `pid` are answered at any time, everything else in the order it came.
+
+    Parameters
+    ----------
+    rank, size : int
+        Which of how many.
+    threads : int
+        That this process may compute with, on a CPU.
+    """
+
+    def __init__(self, rank: int, size: int, threads: int) -> None:
+        self._rank, self._size = rank, size
+        self._lock = threading.Lock()
+        self._controls: dict[int, AgreedControl] = {}
+        self._done = -1
+        self._engine: Engine | None = None
+        self._reporter = Reporter()
+        self._meeting: socket.socket | None = None
+        if not torch.cuda.is_available():
+            torch.set_num_threads(threads)
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks may meet: rank 0 is asked, and listens there, at its own address alone."""
+        host = ray.util.get_node_ip_address()
+        self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return host, self._meeting.getsockname()[1]
+
+    def join(self, address: tuple[str, int]) -> None:
+        """Meet the other ranks; waits for all of them."""
+        from torch import distributed
+
+        host, port = address
+        # each rank sees one device alone, whatever its number on the node
+        os.environ |= {"RANK": str(self._rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(self._size)}
+        if ipaddress.ip_address(host).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(host))
+        listening: dict[str, Any] = {} if self._meeting is None else {"master_listen_fd": self._meeting.detach()}
+        store = distributed.TCPStore(
+            host, port, self._size, is_master=self._rank == 0, timeout=_PATIENCE, wait_for_workers=False, **listening
+        )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._size, timeout=_PATIENCE)
+        self._ranks = Ranks(distributed.new_group(backend="gloo", timeout=_PATIENCE), self._rank, self._size)
+
+    def load(self, order: LoadOrder) -> Joined | Failure:
+        """Load this rank's part of the model, and prove it."""
+        try:
+            return self._load(order)
+        except Exception as error:
+            return self._failure(error)
+
+    def run(self, number: int, packed: bytes) -> Iterator[bytes]:
+        """Serve a request; yields lists of events as they come, and a `Failure` last where there was one."""
+        events: queue.SimpleQueue[Event | Failure | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            events.put(self._serve(number, packed, events.put))
+
+        worker = threading.Thread(target=work, name="nblens-rank", daemon=True)
+        worker.start()
+        open_ = True
+        while open_:
+            batch = [events.get()]
+            while not events.empty():
+                batch.append(events.get())
+            open_ = batch[-1] is not None and not isinstance(batch[-1], Failure)
+            if batch[-1] is None:
+                batch.pop()
+            yield pickle.dumps(batch, protocol=5)
+        worker.join()
+
+    def follow(self, number: int, packed: bytes) -> Failure | None:
+        """Serve a request whose events another rank sends."""
+        return self._serve(number, packed, lambda event: None)
+
+    @ray.method(concurrency_group="ctl")
+    def steer(self, number: int, version: int, coefficients: Coefficients) -> None:
+        """Leave a numbered change for a request, which may not have begun here."""
+        if control := self._control(number):
+            control.receive(version, coefficients)
+
+    @ray.method(concurrency_group="ctl")
+    def cancel(self, number: int) -> None:
+        """Ask a request to stop."""
+        if control := self._control(number):
+            control.cancel()
+
+    @ray.method(concurrency_group="ctl")
+    def news(self) -> News:
+        """How far it has loaded, and what was logged since the last question."""
+        return self._reporter.news()
+
+    @ray.method(concurrency_group="ctl")
+    def pid(self) -> int:
+        """Number of the process."""
+        return os.getpid()
+
+    def check(self) -> bool:
+        """Whether all ranks still reach each other."""
+        from torch import distributed
+
+        try:
+            distributed.monitored_barrier(self._ranks.group, timeout=_CHECK)
+        except RuntimeError:
+            return False
+        return True
+
+    def _load(self, order: LoadOrder) -> Joined:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.distributed import DistributedConfig
+
+        self._reporter.install()
+        dtype = order.dtype
+        if dtype == "auto" and not torch.cuda.is_available():
+            dtype = "float32"
+        began = time.perf_counter()
+        spread = DistributedConfig(tp_size=order.tp, pp_size=order.pp, ep_size=order.ep)
+        model = AutoModelForCausalLM.from_pretrained(
+            order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.where
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)
+        self._engine = Engine(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks)
+        architecture = self._engine.architecture
+        placement = describe_placement(model, architecture, name="", seconds=time.perf_counter() - began)
+        parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        return Joined(architecture.facts, placement, parameters, os.getpid(), ray.util.get_node_ip_address())
+
+    def _serve(self, number: int, packed: bytes, emit: Callable[[Event], None]) -> Failure | None:
+        try:
+            spec: Request = pickle.loads(packed)
+            self._engine.run(_checked(spec), emit, self._control(number))
+        except Exception as error:
+            return self._failure(error)
+        finally:
+            with self._lock:
+                self._done = number
+                self._controls = {later: control for later, control in self._controls.items() if later > number}
+        return None
+
+    def _control(self, number: int) -> AgreedControl | None:
+        """What reaches a request from outside; None where it has ended."""
+        with self._lock:
+            if number > self._done and number not in self._controls:
+                self._controls[number] = AgreedControl(self._ranks, number)
+            return self._controls.get(number)
+
+    def _failure(self, error: Exception) -> Failure:
+        lines = "".join(traceback.format_exception(error)).strip().splitlines()
+        message = f"{type(error).__name__}: {error}".strip()
+        own = error if isinstance(error, NblensError) else None
+        if own is None:
+            message += "\n" + "\n".join(lines[-_LINES:-1])
+        return Failure(self._rank, time.time(), message, own)
+
+
+def _interface(host: str) -> str:
+    """Name of the network interface that has an address."""
+    found = psutil.net_if_addrs()
+    return next(name for name, addresses in found.items() if any(one.address == host for one in addresses))
+
+
+def _checked(spec: Request) -> Request:
+    """Refuse what every rank would do by its own clock."""
+    if isinstance(spec, RunSpec) and spec.generation and spec.generation.options.get("max_time") is not None:
+        raise UserError("max_time is not supported over several processes, whose clocks differ; give max_new_tokens")
+    if isinstance(spec, RunSpec) and spec.capture and spec.capture.to:
+        # the file is written where it was asked for, which may be another machine
+        return replace(spec, capture=replace(spec.capture, to=None))
+    return spec

@@ -1,0 +1,266 @@
+"""Decoding steps recorded once and replayed: on one CUDA device a CUDA graph, elsewhere nothing.
+
+Everything that a step reads and writes stays at one address: token ids, positions, mask and KV cache here, coefficients
+in the steering bank, activations in the capture buffer. So the recorded step serves every token of every run of the
+same shape, and a moved slider changes a tensor, not the recording. What a recording holds addresses of is kept
+together, and the next run of the same shape takes it over with its own prompt, vectors and coefficients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from nblens.errors import first_line
+from nblens.model.architecture import Architecture, input_device, logit_tolerance, output_device
+from nblens.model.batching import Batching
+from nblens.model.capture import CaptureBuffer
+from nblens.model.generation import Batch, cache_name, takes
+from nblens.specs import RunSpec
+from nblens.steering.bank import SteeringBank, layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "CudaGraphRecorder",
+    "Decoding",
+    "Decodings",
+    "Recorder",
+    "Recording",
+    "StaticDecoder",
+    "decodes_statically",
+    "find_recorder",
+]
+
+_ROOM = 256
+"""columns by which a cache grows, so that prompts of like length share a recording"""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded."""
+
+    output: torch.Tensor
+    """overwritten by every replay, and undefined before the first"""
+    replay: Callable[[], None]
+
+
+class Recorder(Protocol):
+    """Records what a function does to tensors."""
+
+    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
+        """Record one call, without any effect on the tensors that it writes to.
+
+        Raises
+        ------
+        RuntimeError
+            The step cannot be recorded: it reads a tensor's value in Python.
+        """
+
+
+class CudaGraphRecorder:
+    """Records on a CUDA device. Not run by the project so far: no GPU was at hand."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def record(self, step: Callable[[], torch.Tensor]) -> Recording:
+        """See `Recorder.record`."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the device meanwhile: a widget's, or the user's own
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = step()
+        return Recording(output, graph.replay)
+
+
+def find_recorder(model: PreTrainedModel) -> Recorder | None:
+    """What records steps of a model; None where it is not whole on one CUDA device."""
+    tensors = list(chain(model.parameters(), model.buffers()))
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1 or any(hasattr(tensor, "to_local") for tensor in tensors):
+        return None
+    device = devices.pop()
+    return CudaGraphRecorder(device) if device.type == "cuda" else None
+
+
+def decodes_statically(model: PreTrainedModel, batching: Batching) -> bool:
+    """Whether one and the same step fits every token of this model.
+
+    Layers with a sliding window take other branches when it is full; state-space layers have states of their own.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    if batching != Batching() or cache_name(model) != "past_key_values" or not model._can_compile_fullgraph:
+        return False
+    if not (takes(model, "position_ids") and takes(model, "logits_to_keep")):
+        return False
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return all(type(layer) is StaticLayer for layer in layers)
+
+
+class StaticDecoder:
+    """Decodes batches of one shape, one after the other.
+
+    The first step of the first batch runs as it is written, and is then recorded. The recording must give that
+    step's logits again; else it is thrown away, and every step runs as it is written.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        One that `decodes_statically`.
+    rows, length : int
+        Of every batch: rows, and the columns that its prompts and new tokens have room in.
+    recorder : Recorder
+        What records the step.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, length: int, recorder: Recorder) -> None:
+        from transformers import StaticCache
+
+        self._model, self._recorder = model, recorder
+        self._recording: Recording | None = None
+        self.refused = ""
+        """why no recording is used; empty as long as nothing speaks against it"""
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        device = input_device(model)
+        self._mask = torch.zeros((rows, length), dtype=torch.long, device=device)
+        self._ids = torch.zeros((rows, 1), dtype=torch.long, device=device)
+        self._positions = torch.zeros((rows, 1), dtype=torch.long, device=device)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether steps are replayed."""
+        return self._recording is not None
+
+    def begin(self, batch: Batch) -> None:
+        """Forget the last batch, and take in where the next one is padded; its prompts go into `cache`."""
+        self.cache.reset()
+        self._mask.zero_()
+        self._mask[:, : batch.width] = batch.mask
+
+    def step(self, ids: torch.Tensor, positions: torch.Tensor, column: int) -> torch.Tensor:
+        """Feed one more token of every row.
+
+        Parameters
+        ----------
+        ids, positions : torch.Tensor
+            int64 (rows, 1)
+        column : int
+            Of the padded batch.
+
+        Returns
+        -------
+        torch.Tensor
+            Logits, (rows, vocab_size), valid until the next step.
+        """
+        self._ids.copy_(ids)
+        self._positions.copy_(positions)
+        self._mask[:, column] = 1
+        if self._recording is not None:
+            self._recording.replay()
+            return self._recording.output
+        logits = self._forward()
+        if not self.refused:
+            self._record(logits, column)
+        return logits
+
+    def _forward(self) -> torch.Tensor:
+        output = self._model(
+            input_ids=self._ids,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _record(self, expected: torch.Tensor, column: int) -> None:
+        """Record the step that has just been run, and run it again from the recording."""
+        try:
+            recording = self._recorder.record(self._forward)
+        except RuntimeError as error:
+            self.refused = first_line(error)
+            return
+        self._go_back_to(column)
+        recording.replay()
+        difference = (recording.output - expected).abs().max().item()
+        if difference <= logit_tolerance(expected, expected.dtype):
+            self._recording = recording
+            return
+        self.refused = f"the recorded step gave other logits than the step itself, by {difference:.3g}"
+        self._go_back_to(column)
+        self._forward()  # over whatever the recording wrote
+
+    def _go_back_to(self, column: int) -> None:
+        """Have the next step fed at a column that was fed before."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(column)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Of one shape: how tokens are fed, what steers them, and where activations go."""
+
+    shape: tuple[Any, ...]
+    decoder: StaticDecoder
+    bank: SteeringBank
+    buffer: CaptureBuffer | None
+
+
+class Decodings:
+    """Keeps the last one, whose cache takes the memory of the longest text that it has room for."""
+
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, batching: Batching, recorder: Recorder | None
+    ) -> None:
+        self._model, self._architecture = model, architecture
+        self._recorder = recorder if recorder and decodes_statically(model, batching) else None
+        self._kept: Decoding | None = None
+
+    def take(
+        self, spec: RunSpec, batch: Batch, places: Mapping[str, tuple[int, ...]], capacity: int
+    ) -> Decoding | None:
+        """What a run decodes with; None where steps are not recorded.
+
+        Parameters
+        ----------
+        places : mapping of str to tuple of int
+            Blocks to capture per site.
+        capacity : int
+            Tokens that the capture buffer must hold.
+        """
+        if self._kept is not None and self._kept.decoder.refused:
+            self._kept = self._recorder = None  # what cannot be recorded runs faster over a cache that grows
+        if self._recorder is None or spec.generation is None or self._is_hooked():
+            return None
+        length = -(-(batch.width + spec.generation.max_new_tokens) // _ROOM) * _ROOM
+        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
+        shape = (batch.rows, length, capacity, tuple(places.items()), layout_of(spec.steering), weights)
+        if self._kept is not None and self._kept.shape == shape:
+            self._kept.bank.fill(spec.steering)
+            if self._kept.buffer is not None:
+                self._kept.buffer.clear()  # of a run that failed
+            return self._kept
+        self._kept = None  # before the next one takes its memory
+        buffer = None
+        if places:
+            buffer = CaptureBuffer(self._architecture, places, capacity, output_device(self._architecture))
+        bank = SteeringBank(spec.steering, batch.rows, self._architecture.dtype)
+        decoder = StaticDecoder(self._model, batch.rows, length, self._recorder)
+        self._kept = Decoding(shape, decoder, bank, buffer)
+        return self._kept
+
+    def forget(self) -> None:
+        """Free what is kept: memory ran out."""
+        self._kept = None
+
+    def _is_hooked(self) -> bool:
+        """Whether the user has hooks on the model: a recording would run them once instead of at every token."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules())

@@ -1,0 +1,173 @@
+"""`Extraction`: contrast pairs through the model, batch by batch, into directions for all blocks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nblens.engine.control import Control
+from nblens.engine.memory import with_smaller_chunks
+from nblens.engine.numerics import located
+from nblens.errors import NumericalError, UserError
+from nblens.model.architecture import input_device
+from nblens.model.generation import Batch, Step, new_cache
+from nblens.model.hooks import Instrumentation
+from nblens.specs import Event, ExtractionFinished, ExtractionSpec, Progress, Span
+from nblens.steering.estimators import ESTIMATORS
+from nblens.steering.extraction import Separation, SpanReader, data_hash, held_back, shuffle_signs
+
+if TYPE_CHECKING:
+    from nblens.engine.engine import Engine
+
+__all__ = ["Extraction"]
+
+CPU_TOKENS, ACCELERATOR_TOKENS = 1024, 8192
+"""Tokens that go through the model at once: more are slower on a CPU, whose caches they leave."""
+
+Ids = tuple[int, ...]
+
+
+class Extraction:
+    """One extraction.
+
+    Pairs go through the model by length, so that little is padded. Only a few numbers per block stay of each batch:
+    what the method's estimator keeps, and the activations of at most 64 pairs that are held back to judge the blocks.
+    """
+
+    def __init__(self, engine: Engine, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
+        self._engine, self._spec, self._emit, self._control = engine, spec, emit, control
+        self._blocks = spec.blocks or tuple(range(engine.architecture.n_blocks))
+        self._tokens = CPU_TOKENS if input_device(engine.model).type == "cpu" else ACCELERATOR_TOKENS
+        shape = (len(self._blocks), engine.architecture.d_model)
+        self._estimator = ESTIMATORS[spec.method](*shape, spec.n_shuffles)
+        self._signs = torch.from_numpy(shuffle_signs(len(spec.positive), spec.n_shuffles, spec.seed))
+        self._norms = torch.zeros(len(self._blocks), dtype=torch.float64)
+        self._judges = set(held_back(len(spec.positive)))
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._held_pairs: list[int] = []
+
+    def execute(self) -> None:
+        """Read all pairs, then report.
+
+        Raises
+        ------
+        UserError
+            Too few pairs for the method, or nothing tells their sides apart.
+        NumericalError
+            Activations are inf or NaN where they are read.
+        """
+        batches = self._batches()
+        for step, pairs in enumerate(batches, 1):
+            texts = [self._spec.positive[i] for i in pairs] + [self._spec.negative[i] for i in pairs]
+            states = self._states(texts, self._spans(pairs))
+            if self._control.cancelled:
+                break
+            self._take(pairs, *states.chunk(2, dim=1))
+            self._emit(Progress(step, len(batches)))
+        self._emit(self._finished())
+
+    def _take(self, pairs: Sequence[int], positive: torch.Tensor, negative: torch.Tensor) -> None:
+        self._norms += positive.double().norm(dim=-1).sum(1) + negative.double().norm(dim=-1).sum(1)
+        held = [place for place, pair in enumerate(pairs) if pair in self._judges]
+        all_judge = len(self._judges) == len(self._spec.positive)
+        rest = [place for place, pair in enumerate(pairs) if all_judge or pair not in self._judges]
+        signs = self._signs[:, list(pairs)]
+        self._estimator.add(positive[:, rest], negative[:, rest], signs[:, rest])
+        self._held.append((positive[:, held], negative[:, held]))
+        self._held_pairs += [pairs[place] for place in held]
+
+    def _finished(self) -> ExtractionFinished:
+        n_pairs, n_blocks = len(self._spec.positive), len(self._blocks)
+        shape = (n_blocks, self._engine.architecture.d_model)
+        directions, separation = np.zeros(shape, np.float32), np.zeros(n_blocks, np.float32)
+        shuffled = np.zeros((self._spec.n_shuffles, *shape), np.float32)
+        if not self._control.cancelled:
+            positive, negative = (torch.cat(side, 1) for side in zip(*self._held, strict=True))
+            # before the held-back pairs are taken in, the directions have not seen them
+            separation = Separation(positive, negative).of(self._estimator.directions())
+            if self._estimator.count < n_pairs:
+                self._estimator.add(positive, negative, self._signs[:, self._held_pairs])
+            directions, shuffled = self._estimator.directions(), self._estimator.shuffled()
+            if not directions.any():
+                raise UserError(
+                    "positive and negative texts have the same activations where they are read; read them elsewhere, "
+                    "or give pairs that differ there"
+                )
+        return ExtractionFinished(
+            directions=directions,
+            separation=separation,
+            activation_norms=(self._norms / (2 * n_pairs)).float().numpy(),
+            shuffled=shuffled,
+            data_hash=data_hash(self._spec),
+            cancelled=self._control.cancelled,
+        )
+
+    def _batches(self) -> list[list[int]]:
+        """Indices of pairs of similar length, as many as make one step of the model."""
+        spec = self._spec
+        lengths = [max(map(len, pair)) for pair in zip(spec.positive, spec.negative, strict=True)]
+        batches: list[list[int]] = []
+        for pair in sorted(range(len(lengths)), key=lengths.__getitem__):
+            fits = batches and 2 * (len(batches[-1]) + 1) * lengths[pair] <= self._tokens
+            if not fits or len(batches[-1]) == spec.batch_size:
+                batches.append([])
+            batches[-1].append(pair)
+        return batches
+
+    def _spans(self, pairs: Sequence[int]) -> list[Span]:
+        spec = self._spec
+        sides = ((spec.positive, spec.positive_spans), (spec.negative, spec.negative_spans))
+        return [spans[i] if spans else (len(texts[i]) - 1, len(texts[i])) for texts, spans in sides for i in pairs]
+
+    def _states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor:
+        """Activations where they are read, float32 (n_blocks, n_texts, d_model)."""
+        shape = (len(self._blocks), len(texts), self._engine.architecture.d_model)
+        states = torch.zeros(shape, dtype=torch.float32)
+        for rows in self._engine.batching.groups(texts):
+            if self._control.cancelled:
+                break
+            group = [texts[row] for row in rows]
+            read = self._group_states(group, [spans[row] for row in rows])
+            if read is None:
+                continue
+            if not read.isfinite().all():
+                error = NumericalError(f"activations at {self._spec.site} are inf or NaN where they are read")
+                raise located(self._engine, error, self._engine.batch(group))
+            states[:, list(rows)] = read
+        return states
+
+    def _group_states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor | None:
+        """The same for texts that may share a batch; None where the run was stopped."""
+        engine, batch = self._engine, self._engine.batch(texts)
+
+        def attempt(chunk: int) -> torch.Tensor | None:
+            reader = SpanReader(len(self._blocks), batch, spans)
+            points = [
+                engine.capture_point(self._spec.site, block, batch.rows, reader.writer(index))
+                for index, block in enumerate(self._blocks)
+            ]
+            with Instrumentation(points):
+                observer = _Reading(reader, self._control)
+                engine.loop(batch, observer, chunk // batch.rows).prefill(new_cache(engine.model))
+            return None if self._control.cancelled else engine.architecture.whole(reader.states(), self._blocks)
+
+        fewest = engine.batching.fewest(batch.rows, batch.width)
+        return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=engine.ranks.alone)
+
+
+class _Reading:
+    """Observer of an extraction: tells the reader which columns come, and stops after the last that is read."""
+
+    def __init__(self, reader: SpanReader, control: Control) -> None:
+        self._reader, self._control = reader, control
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        self._reader.begin(columns)
+        self._control.agree()
+        return not self._control.cancelled and columns.start <= self._reader.last_column
+
+    def after(self, step: Step, sampled: object) -> None:
+        pass

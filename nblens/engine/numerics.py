@@ -1,0 +1,139 @@
+"""Where values that are inf or NaN come from: looked for only once a request has met some."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from nblens.errors import NblensError, NumericalError, UnsupportedModelError
+from nblens.model.generation import Batch, new_cache
+from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.site_map import SiteMap
+from nblens.specs import SteeringWrite
+from nblens.steering.bank import Coefficients, SteeringBank
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nblens.engine.engine import Engine
+
+__all__ = ["located", "weights_checked"]
+
+_PARTS = ("attn_out", "mlp_out")
+
+
+def located(
+    engine: Engine,
+    error: NumericalError,
+    batch: Batch,
+    steering: Sequence[SteeringWrite] = (),
+    coefficients: Mapping[str, Coefficients] | None = None,
+) -> NumericalError:
+    """The error with the first block and site whose activations are inf or NaN, and with what may help.
+
+    The batch goes through the model once more. Not where several ranks share the model: all would have to come.
+
+    Parameters
+    ----------
+    batch : Batch
+        Everything that was fed, tokens that were generated included.
+    steering, coefficients
+        What was written, and the strengths if they changed since.
+    """
+    if not engine.ranks.alone:
+        return error
+    bank = SteeringBank(steering, batch.rows, engine.architecture.dtype)
+    bank.set(coefficients or {})
+    on = {name for name, strengths in bank.coefficients.items() if any(strengths)}
+    search = _Search(engine, bank, batch, {(w.site, block) for w in steering if w.name in on for block in w.directions})
+    with Instrumentation([*engine.hook_points(bank, None, {}, batch.rows), *search.points()]):
+        engine.loop(batch, search, batch.width).prefill(new_cache(engine.model))
+    return NumericalError(f"{error}: {search.answer()}")
+
+
+@contextmanager
+def weights_checked(model: nn.Module) -> Iterator[None]:
+    """Let the refusal of a model whose weights are inf or NaN name the first of them."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if (name := _broken_weight(model)) is None:
+            raise
+        raise UnsupportedModelError(f"{type(model).__name__}: its {name} holds values that are inf or NaN") from error
+
+
+class _Search:
+    """Observer of a pass: notes the first activation, in the order in which they are computed, that is not finite."""
+
+    def __init__(self, engine: Engine, bank: SteeringBank, batch: Batch, written: set[tuple[str, int]]) -> None:
+        self._engine, self._bank, self._batch, self._written = engine, bank, batch, written
+        self._found: tuple[str, int, int, int] | None = None
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        self._bank.begin(columns, batch)
+        return True
+
+    def after(self, step: object, sampled: object) -> None:
+        pass
+
+    def points(self) -> list[HookPoint]:
+        """Hooks that look at what enters the first block, at what each block's parts add, and at what leaves it."""
+        architecture = self._engine.architecture
+        # a map of its own: parts that cannot be told apart now may be found when the model is sound again
+        sites = SiteMap(self._engine.model, architecture)
+        wanted = [("resid_pre", 0)]
+        for block in range(architecture.n_blocks):
+            wanted += [(part, block) for part in _PARTS] + [("resid_post", block)]
+        points = []
+        for site, block in wanted:
+            try:
+                place = sites.locate(site, block)
+            except NblensError:
+                continue
+            rows = self._batch.rows if place.flat else None
+            points.append(HookPoint(place.module, place.end, capture=self._look(site, block), rows=rows))
+        return points
+
+    def answer(self) -> str:
+        """What was found, in words."""
+        architecture = self._engine.architecture
+        if self._found is None:
+            broken = _broken_weight(architecture.lm_head)
+            return f"its lm_head's {broken} holds such values" if broken else "every block's activations are finite"
+        site, block, row, column = self._found
+        token = column - int(self._batch.first_columns[row])
+        if (site, block) == ("resid_pre", 0):
+            text, module = f"first in the embedding of token {token}", self._engine.model.get_input_embeddings()
+        else:
+            text, module = f"first in block {block} at {site}, token {token}", architecture.blocks[block]
+        if self._batch.rows > 1:
+            text += f" of row {row}"
+        if broken := _broken_weight(module):
+            return f"{text}; its {broken} holds such values"
+        if (site, block) in self._written:
+            return f"{text}, where steering is written; give smaller coefficients"
+        if architecture.dtype == torch.float16:
+            return f'{text}; float16 ends at 65504: load the model with dtype="bfloat16" or "float32"'
+        return text
+
+    def _look(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
+        def look(hidden: torch.Tensor) -> None:
+            if self._found is not None:
+                return
+            broken = ~hidden.isfinite().all(-1).cpu()
+            # attention of padding has nothing to attend to
+            broken &= torch.arange(self._batch.width) >= self._batch.first_columns[:, None]
+            if broken.any():
+                row, column = broken.nonzero()[0].tolist()
+                self._found = (site, block, row, column)
+
+        return look
+
+
+def _broken_weight(module: nn.Module) -> str | None:
+    """The first parameter that is not finite, of those that are here."""
+    return next((n for n, p in module.named_parameters() if not p.is_meta and not p.isfinite().all()), None)

@@ -1,0 +1,229 @@
+"""`Scoring`: log-probabilities of answers under many settings of steering, batched over texts and settings.
+
+A row of a batch is one text under one setting. Where nothing is written before some column, everything up to there
+goes through the model once per text, and its KV cache is repeated for the settings.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from nblens.engine.control import Control
+from nblens.engine.memory import is_out_of_memory, out_of_memory
+from nblens.engine.numerics import located
+from nblens.engine.shared_prefix import feed_once, shared_columns
+from nblens.errors import NumericalError
+from nblens.model.architecture import output_device
+from nblens.model.generation import Batch, new_cache
+from nblens.model.hooks import Instrumentation
+from nblens.specs import Event, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
+from nblens.steering.bank import SteeringBank
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from nblens.engine.engine import Engine
+
+__all__ = ["Scoring"]
+
+
+class Scoring:
+    """Serves one `ScoringSpec`: emits `Scores` for each text, then `RunFinished`."""
+
+    def __init__(self, engine: Engine, spec: ScoringSpec, emit: Callable[[Event], None], control: Control) -> None:
+        self._engine, self._spec, self._emit, self._control = engine, spec, emit, control
+        self._tokens = spec.batch_tokens
+
+    def execute(self) -> None:
+        """Score every text; stops before the next batch when asked to."""
+        for group in self._engine.batching.groups([text.ids for text in self._spec.texts]):
+            # texts of like length share a batch, so that little of it is padding
+            self._score_group(sorted(group, key=lambda number: len(self._spec.texts[number].ids)))
+        self._emit(RunFinished(self._control.cancelled, {}))
+
+    def _score_group(self, group: Sequence[int]) -> None:
+        done = 0
+        while done < len(group) and not self._control.cancelled:
+            numbers = group[done : done + self._texts_at_once(group[done:])]
+            try:
+                scores = self._score(numbers)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._take_less(numbers, error)
+                continue
+            for one in scores:
+                self._emit(one)
+            done += len(numbers)
+
+    def _texts_at_once(self, group: Sequence[int]) -> int:
+        """How many of the next texts fit a batch under all settings; one where not even that fits."""
+        rows_of = [self._tokens // len(self._spec.texts[number].ids) for number in group]
+        fitting = [n for n, rows in enumerate(rows_of, 1) if n * self._spec.n_settings <= rows]
+        return 1 if self._engine.batching.rows == "alone" else max(fitting, default=1)
+
+    def _settings_at_once(self, width: int) -> int:
+        """Settings of one text that fit a batch."""
+        return 1 if self._engine.batching.rows == "alone" else max(1, self._tokens // width)
+
+    def _take_less(self, numbers: Sequence[int], error: RuntimeError) -> None:
+        """Halve what goes through the model at once, or give up."""
+        width = max(len(self._spec.texts[number].ids) for number in numbers)
+        rows = len(numbers) * min(self._spec.n_settings, self._settings_at_once(width))
+        if rows == 1 or not self._engine.ranks.alone:
+            batch = self._engine.batch([self._spec.texts[number].ids for number in numbers])
+            raise out_of_memory("scoring answers", batch, batch.width) from error
+        self._tokens = max(1, rows * width // 2)
+
+    def _score(self, numbers: Sequence[int]) -> list[Scores]:
+        """Score some texts under all settings; nothing where the run was stopped meanwhile."""
+        texts = [self._spec.texts[number] for number in numbers]
+        labels = [text.label for text in texts]
+        batch = self._engine.batch(
+            [text.ids for text in texts],
+            prompt_lengths=[text.prompt_length for text in texts],
+            labels=None if None in labels else labels,
+        )
+        parts = self._states(batch)
+        if self._control.cancelled:  # parts may be of unlike widths
+            return []
+        states = torch.cat(parts)
+        n_scored = [len(text.ids) - text.prompt_length + 1 for text in texts]
+        logprobs, kl = self._read(states, texts, n_scored)
+        self._check_finite(logprobs, batch)
+        place, scores = 0, []
+        for number, text, n in zip(numbers, texts, n_scored, strict=True):
+            own, place = slice(place, place + n), place + n
+            kept = logprobs[:, own, : len(text.answers)].transpose(1, 2).numpy()
+            scores.append(Scores(number, kept, None if kl is None else kl[:, own].numpy()))
+        return scores
+
+    def _check_finite(self, logprobs: torch.Tensor, batch: Batch) -> None:
+        # NaN also stands where a text has fewer answers than another, but not at its first
+        if (broken := logprobs[:, :, 0].isnan().any(1)).any():
+            setting = int(broken.nonzero()[0])
+            writes = self._of_rows(range(setting, setting + 1), batch.rows)
+            error = NumericalError("log-probabilities of answers are NaN")
+            raise located(self._engine, error, batch, writes)
+
+    def _states(self, batch: Batch) -> list[torch.Tensor]:
+        """Last residuals where answers' tokens are predicted, text after text: (settings, n, d_model), batch by batch.
+
+        Where the run was stopped meanwhile they hold fewer.
+        """
+        at_once, n_settings = self._settings_at_once(batch.width), self._spec.n_settings
+        parts = []
+        shared, cache = self._shared(batch)
+        for start in range(0, n_settings, at_once):
+            settings = range(start, min(start + at_once, n_settings))
+            own = cache if cache is None or settings.stop == n_settings else copy.deepcopy(cache)
+            parts.append(self._forward(batch, settings, shared, own))
+        return parts
+
+    def _shared(self, batch: Batch) -> tuple[int, Cache | None]:
+        """Feed the columns that are the same under all settings; how many, and the cache that holds them."""
+        engine = self._engine
+        if self._spec.n_settings == 1:
+            return 0, None
+        columns = shared_columns(engine.batching, new_cache(engine.model), batch, self._writes)
+        columns = min(columns, int(self._first_scored(batch).min()))
+        if columns == 0:
+            return 0, None
+        return columns, feed_once(engine, batch, columns, max(1, self._tokens // batch.rows), self._control)
+
+    def _forward(self, batch: Batch, settings: range, shared: int, cache: Cache | None) -> torch.Tensor:
+        """Feed what is left of every text under some settings, (settings, n, d_model)."""
+        engine, architecture = self._engine, self._engine.architecture
+        repeated = batch.repeated(len(settings))
+        if cache is None:
+            cache = new_cache(engine.model)
+        else:
+            cache.batch_repeat_interleave(len(settings))
+        bank = SteeringBank(self._of_rows(settings, batch.rows), repeated.rows, architecture.dtype)
+        watching = _Watching(self._control, bank, int(self._first_scored(batch).min()))
+        places = {"resid_post": (architecture.n_blocks - 1,)}
+        with Instrumentation(engine.hook_points(bank, watching.writer, places, repeated.rows)):
+            width = max(1, self._tokens // repeated.rows) if engine.batching.stepwise else batch.width
+            engine.loop(repeated, watching, width).prefill(cache, range(shared, batch.width))
+        if not watching.kept:  # stopped before the first column that is scored
+            return torch.empty((len(settings), 0, architecture.d_model))
+        last = architecture.whole(torch.cat(watching.kept, 1)[None], (architecture.n_blocks - 1,))[0]
+        by_text = last.to(output_device(architecture)).unflatten(0, (batch.rows, len(settings)))
+        offsets = (self._first_scored(batch) - watching.first).tolist()
+        return torch.cat([states[:, offset:] for states, offset in zip(by_text, offsets, strict=True)], 1)
+
+    def _of_rows(self, settings: range, n_texts: int) -> list[SteeringWrite]:
+        """The writes that do anything under some settings, with a coefficient for each row."""
+        writes = []
+        for write in self._writes:
+            coefficients = write.coefficients[settings.start : settings.stop]
+            if any(c is not None for c in coefficients):
+                writes.append(replace(write, coefficients=coefficients * n_texts))
+        return writes
+
+    @property
+    def _writes(self) -> Sequence[SteeringWrite]:
+        return self._spec.steering
+
+    @staticmethod
+    def _first_scored(batch: Batch) -> torch.Tensor:
+        """The column from which each row's first answer token is predicted."""
+        return batch.first_columns + batch.prompt_lengths - 1
+
+    def _read(
+        self, states: torch.Tensor, texts: Sequence[ScoredText], n_scored: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities (n_settings, n, n_answers) and KL (n_settings, n), on the CPU."""
+        n_answers = max(len(text.answers) for text in texts)
+        wanted = torch.full((sum(n_scored), n_answers), -1)
+        place = 0
+        for text, n in zip(texts, n_scored, strict=True):
+            wanted[place : place + n, : len(text.answers)] = torch.tensor(text.answers).T
+            place += n
+        wanted = wanted.to(states.device)
+        base = states[0].clone() if self._spec.kl else None
+        logprobs, kl = [], []
+        for setting in states:
+            slots = setting[None] if base is None else torch.stack([base, setting])
+            result = self._engine.readout.read(
+                slots, top_k=1, wanted=wanted, ranks=False, final=None if base is None else 1
+            )
+            logprobs.append(result.wanted_logprobs[-1].cpu())
+            kl.append(None if base is None else result.kl_to_final[0].cpu())
+        return torch.stack(logprobs), None if base is None else torch.stack(kl)
+
+
+class _Watching:
+    """Observer that tells the bank which columns come, and keeps what the last block gives from one of them on."""
+
+    def __init__(self, control: Control, bank: SteeringBank, first: int) -> None:
+        self._control, self._bank = control, bank
+        self.first = first
+        """the first column that is kept"""
+        self.kept: list[torch.Tensor] = []
+        """(rows, width, d_model) each"""
+
+    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+        """Say whether the pass goes on."""
+        self._columns = columns
+        self._bank.begin(columns, batch)
+        self._control.agree()
+        return not self._control.cancelled
+
+    def after(self, step: object, sampled: object) -> None:
+        """Nothing is left to do."""
+
+    def writer(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
+        """The callable that the last block's hook gives its output to."""
+
+        def write(hidden: torch.Tensor) -> None:
+            skipped = max(0, self.first - self._columns.start)
+            if skipped < len(self._columns):
+                self.kept.append(hidden[:, skipped:].clone())
+
+        return write

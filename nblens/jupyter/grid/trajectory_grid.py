@@ -1,0 +1,400 @@
+"""`TrajectoryGrid`: layers × tokens as a live widget, which grows while a model generates."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from html import escape
+from threading import RLock
+from typing import Any
+
+import anywidget
+import numpy as np
+import traitlets
+
+from nblens.colors import Scale, cell_values
+from nblens.errors import UserError, escaped, first_line
+from nblens.jupyter.assets import script, style
+from nblens.jupyter.grid.exports import EXPORTS, export
+from nblens.jupyter.grid.payload import Vocabulary, encode_columns
+from nblens.jupyter.grid.sheets import DIFFERENCE, Site, joined, read_sites, shown_object
+from nblens.jupyter.stand_in import WithStandIn
+from nblens.lens.html import render_fragment
+from nblens.lens.trajectory import METRICS, Trajectory
+
+__all__ = ["TrajectoryGrid"]
+
+_SCRIPTS = (
+    "shortcuts",
+    "grid/grid_text",
+    "grid/grid_colors",
+    "grid/grid_data",
+    "grid/grid_layout",
+    "grid/grid_elements",
+    "grid/grid_theme",
+    "grid/grid_draw",
+    "grid/grid_card",
+    "grid/grid_curves",
+    "grid/grid_strip",
+    "grid/grid_header",
+    "grid/grid_input",
+    "grid/grid",
+)
+_FROM_PAGE = frozenset({"metric", "view", "site", "selection", "_pinned_ids", "_view_count"})
+_MOST_PINNED = 64
+_MOST_STATIC_CELLS = 6_000  # larger ones are a picture alone where there is no kernel: a table would be megabytes
+_DPI = 110
+
+
+class _RefusedError(UserError, traitlets.TraitError):
+    """A value that a trait does not take: of several that the page sets at once, none is then set."""
+
+
+class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
+    """A grid that one can zoom, search and question, in a notebook.
+
+    >>> grid = nblens.TrajectoryGrid(session.lens("In Warsaw you pay with the"), metric="entropy")
+    >>> grid.selection = (-1, -1)  # block and token position, as a click would
+    >>> grid.selection
+    (11, 6)
+    >>> grid.pinned = [" zloty", " euro"]  # drawn as curves over depth
+
+    Parameters
+    ----------
+    *objects : Trajectory, SiteTrajectories, Comparison, TrajectoryDiff, or dicts of these
+        Several become sites among which one switches; all share one scale. A comparison can be looked at as
+        base, as steered, or as their difference.
+    metric : {"prob", "entropy", "kl", "rank"}
+        What colours the cells.
+    layers : layer spec, optional
+        Show these blocks only, such as "0-11" or "::4".
+    view : {"base", "steered", "difference"}, optional
+        The difference where there is one, else base.
+    site : str, optional
+        Which of several is shown first.
+    **options
+        Of every widget, such as `layout`.
+
+    Raises
+    ------
+    UserError
+        There is nothing to show, or a metric, view or site that is not there.
+    """
+
+    metric = traitlets.Unicode("prob").tag(sync=True)
+    """what colours the cells"""
+    view = traitlets.Unicode("base").tag(sync=True)
+    """base, steered or difference"""
+    site = traitlets.Unicode("").tag(sync=True)
+    """which of several grids"""
+    selection = traitlets.Any(None, allow_none=True).tag(sync=True)
+    """(block, token position), or None"""
+    pinned: traitlets.List[Any] = traitlets.List()
+    """texts of the tokens that are drawn as curves over depth; ids are understood too"""
+    _pinned_ids = traitlets.List(traitlets.Int()).tag(sync=True)
+    _n_tokens = traitlets.Int(0).tag(sync=True)
+    # Made when a page asks for it: until then nothing is encoded twice, and a page that is opened late gets all of it.
+    _data = traitlets.Any(None, allow_none=True).tag(sync=True, to_json=lambda _, grid: grid._everything())
+
+    def __init__(
+        self,
+        *objects: Any,
+        metric: str = "prob",
+        layers: Any = None,
+        view: str | None = None,
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._lock = RLock()
+        self._layers = layers
+        self._sites = read_sites(objects, layers)
+        self._vocabulary = Vocabulary()
+        self._parts(dict.fromkeys(self._keys(), 0), encode=False)
+        self._highs: dict[str, float] = {}
+        self._rescale(dict.fromkeys(self._keys(), 0))
+        self._esm, self._css = script(*_SCRIPTS), style("grid/grid")
+        self._owns_layout = "layout" not in options
+        views = self._views
+        super().__init__(
+            metric=metric,
+            view=view or (DIFFERENCE if DIFFERENCE in views else views[0]),
+            site=site or self._sites[0].name,
+            _n_tokens=self.n_tokens,
+            **options,
+        )
+        self.on_msg(self._answer)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest trajectory shown."""
+        return max(trajectory.n_tokens for site in self._sites for trajectory in site.trajectories.values())
+
+    def append(self, *objects: Any) -> None:
+        """Add the tokens that come next, in the same form as the grid was made from; only these travel to the page.
+
+        May be called from any thread.
+
+        Raises
+        ------
+        UserError
+            The new tokens were read at other layers or sites.
+        """
+        with self._lock:
+            grown = []
+            for old, new in self._matched(objects):
+                steered = old.steered if new.steered is None else joined(old.steered, new.steered)
+                grown.append(Site(old.name, joined(old.base, new.base), steered))
+            self._replace(tuple(grown))
+
+    def update(self, *objects: Any) -> None:
+        """Show longer trajectories of the same run; only what is new in them travels to the page.
+
+        May be called from any thread.
+
+        Raises
+        ------
+        UserError
+            The trajectories were read at other layers or sites.
+        """
+        with self._lock:
+            grown = tuple(Site(old.name, new.base, new.steered) for old, new in self._matched(objects))
+            for old, new in zip(self._sites, grown, strict=True):
+                if old.base.layers != new.base.layers or old.base.top_ids.shape[-1] != new.base.top_ids.shape[-1]:
+                    raise UserError(f"{new.base!r} does not continue {old.base!r}: other layers or top_k")
+            self._replace(grown)
+
+    def set_state(self, sync_data: Mapping[str, Any]) -> None:
+        """Take what the page changed: only what a reader can change there, and nothing out of range."""
+        wanted = {name: value for name, value in sync_data.items() if name in _FROM_PAGE}
+        try:
+            super().set_state(wanted)
+        except traitlets.TraitError as error:
+            self.send_state(list(wanted))
+            self.send({"type": "error", "text": first_line(error)})
+
+    def __repr__(self) -> str:
+        site = self._sites[0]
+        size = f"{site.base.n_layers} layers × {self.n_tokens} tokens"
+        names = ", ".join(site.name for site in self._sites)
+        return escaped(f"TrajectoryGrid({size} at {names}, {site.base.model})")
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        """The live widget, and for what cannot show it a picture, a table and a line of text."""
+        made = super()._repr_mimebundle_(**options)
+        data, metadata = made if isinstance(made, tuple) else (made or {}, {})
+        data = {**data, "text/plain": repr(self)}
+        with self._lock:
+            shown = shown_object(self._sites)
+        if self.n_tokens:
+            data["image/png"] = _picture(shown, self.metric)
+            if self._n_cells <= _MOST_STATIC_CELLS:
+                data["text/html"] = render_fragment(shown, metric=self.metric)
+        return data, metadata
+
+    def _as_html(self) -> str:
+        """A table of the cells, or a picture where they are too many for one."""
+        with self._lock:
+            shown = shown_object(self._sites)
+        if self._n_cells <= _MOST_STATIC_CELLS:
+            return render_fragment(shown, metric=self.metric)
+        return f'<img alt="{escape(repr(self))}" src="data:image/png;base64,{_picture(shown, self.metric)}">'
+
+    @property
+    def _n_cells(self) -> int:
+        return sum(t.n_tokens * t.n_layers for site in self._sites for t in site.trajectories.values())
+
+    # What is shown, and how it travels
+
+    @property
+    def _views(self) -> tuple[str, ...]:
+        return max((site.views for site in self._sites), key=len)
+
+    def _keys(self) -> Iterable[tuple[str, str]]:
+        return [(site.name, view) for site in self._sites for view in site.trajectories]
+
+    def _matched(self, objects: tuple[Any, ...]) -> list[tuple[Site, Site]]:
+        new = {site.name: site for site in read_sites(objects, self._layers)}
+        if list(new) != [site.name for site in self._sites]:
+            raise UserError(f"this grid shows {', '.join(s.name for s in self._sites)}, not {', '.join(new)}")
+        pairs = [(site, new[site.name]) for site in self._sites]
+        if any(old.views != site.views for old, site in pairs):
+            raise UserError("a comparison continues as a comparison, a trajectory as a trajectory")
+        return pairs
+
+    def _replace(self, sites: tuple[Site, ...]) -> None:
+        before = {(site.name, view): t for site in self._sites for view, t in site.trajectories.items()}
+        self._sites = sites
+        starts = {key: _first_new(before[key], self._trajectory(*key)) for key in self._keys()}
+        known = len(self._vocabulary)
+        self._rescale(starts)
+        header, data = self._parts(starts, known)
+        self._n_tokens = self.n_tokens
+        self.send({"type": "grow", **header}, [data])
+
+    def _everything(self) -> dict[str, Any]:
+        with self._lock:
+            header, data = self._parts(dict.fromkeys(self._keys(), 0))
+        return {"header": header, "bytes": memoryview(data)}
+
+    def _trajectory(self, site: str, view: str) -> Trajectory:
+        return next(s for s in self._sites if s.name == site).trajectories[view]
+
+    def _parts(self, starts: Mapping[Any, int], known: int = 0, *, encode: bool = True) -> tuple[dict[str, Any], bytes]:
+        """The tokens from each trajectory's start on, with the texts from place `known` of the vocabulary on."""
+        parts = [(*key, self._trajectory(*key), starts[key]) for key in self._keys()]
+        if not encode:
+            for _, _, trajectory, _ in parts:
+                for ids in (trajectory.top_ids, trajectory.next_ids, trajectory.target_ids):
+                    self._vocabulary.places(ids, trajectory)
+            return {}, b""
+        sheets, data = encode_columns(parts, self._vocabulary)
+        header = {
+            "sheets": sheets,
+            "vocabulary": self._vocabulary.header(known),
+            "sites": [_facts(site) for site in self._sites],
+            "scales": {metric: _scale(metric, self._highs.get(metric)) for metric in METRICS},
+        }
+        return header, data
+
+    def _rescale(self, starts: Mapping[Any, int]) -> None:
+        """One scale for every site and view; it only ever grows, by the tokens that are new."""
+        for metric in METRICS:
+            found = [np.array([self._highs.get(metric, np.nan)])]
+            found += [cell_values(self._trajectory(*key), metric)[:, start:].ravel() for key, start in starts.items()]
+            values = np.concatenate(found)
+            values = values[np.isfinite(values)]
+            if values.size:
+                self._highs[metric] = float(values.max())
+
+    # What comes from the page or from the user
+
+    @traitlets.validate("metric")
+    def _check_metric(self, proposal: Any) -> str:
+        return _one_of("metric", proposal["value"], METRICS)
+
+    @traitlets.validate("view")
+    def _check_view(self, proposal: Any) -> str:
+        return _one_of("view", proposal["value"], self._views)
+
+    @traitlets.validate("site")
+    def _check_site(self, proposal: Any) -> str:
+        return _one_of("site", proposal["value"], [site.name for site in self._sites])
+
+    @traitlets.validate("selection")
+    def _check_selection(self, proposal: Any) -> tuple[int, int] | None:
+        value = proposal["value"]
+        if value is None:
+            return None
+        if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_whole, value)):
+            raise _RefusedError(f"selection {value!r:.80} is not (block, token position) or None")
+        blocks = {layer for site in self._sites for layer in site.base.layers}
+        layer, token = int(value[0]), int(value[1])
+        layer += max(site.base.n_blocks for site in self._sites) if layer < 0 else 0
+        token += self.n_tokens if token < 0 else 0
+        if layer not in blocks or not 0 <= token < self.n_tokens:
+            raise _RefusedError(f"selection {(int(value[0]), int(value[1]))} is outside this grid: {self!r}")
+        return layer, token
+
+    @traitlets.validate("pinned")
+    def _check_pinned(self, proposal: Any) -> list[str]:
+        return [self._vocabulary.text_of(token_id) for token_id in self._ids_of(proposal["value"])]
+
+    @traitlets.validate("_pinned_ids")
+    def _check_pinned_ids(self, proposal: Any) -> list[int]:
+        return self._ids_of(proposal["value"])
+
+    def _ids_of(self, tokens: Iterable[Any]) -> list[int]:
+        found = []
+        for token in tokens:
+            token_id = self._vocabulary.id_of(token) if isinstance(token, str) else token
+            if not _whole(token_id) or int(token_id) not in self._vocabulary:
+                raise _RefusedError(f"token {token!r:.80} occurs nowhere in this grid, so it cannot be pinned")
+            found.append(int(token_id))
+        if len(found) > _MOST_PINNED:
+            raise _RefusedError(f"{len(found)} tokens cannot be told apart; pin {_MOST_PINNED} at most")
+        return list(dict.fromkeys(found))
+
+    @traitlets.observe("pinned")
+    def _pin(self, change: Any) -> None:
+        # several ids may have one text: the page's choice among them stays
+        if change["new"] != self._texts(self._pinned_ids):
+            self._pinned_ids = self._ids_of(change["new"])
+
+    @traitlets.observe("_pinned_ids")
+    def _name_pins(self, change: Any) -> None:
+        self.pinned = self._texts(change["new"])
+
+    def _texts(self, ids: Iterable[int]) -> list[str]:
+        return [self._vocabulary.text_of(token_id) for token_id in ids]
+
+    def _answer(self, _: Any, message: Any, buffers: Any) -> None:
+        """Any script on the page can send anything: what is not understood is answered with an error."""
+        kind = message.get("type") if isinstance(message, dict) else None
+        if kind == "refresh":
+            with self._lock:
+                header, data = self._parts(dict.fromkeys(self._keys(), 0))
+                self.send({"type": "grow", **header}, [data])
+        elif kind == "export" and message.get("format") in EXPORTS and _whole(message.get("id")):
+            with self._lock:
+                shown = shown_object(self._sites)
+            try:
+                text = export(shown, message["format"], self.metric)
+            except Exception as error:  # whatever it is, the reader has to see it: there is no cell to print it
+                self.send({"type": "error", "text": first_line(error)})
+            else:
+                answer = {"type": "export", "format": message["format"], "id": int(message["id"])}
+                self.send(answer, [text.encode("utf-8", "replace")])
+        else:
+            self.send({"type": "error", "text": "the grid was sent a message that it does not know"})
+
+
+def _first_new(before: Trajectory, after: Trajectory) -> int:
+    """The first token that the page does not hold as it is now; what follows the last one often became known."""
+    length = min(before.n_tokens, after.n_tokens)
+    if not np.array_equal(before.target_ids, after.target_ids):
+        return 0
+    same = (before.token_ids[:length] == after.token_ids[:length]) & (
+        before.next_ids[:length] == after.next_ids[:length]
+    )
+    same &= (before.top_ids[:, :length] == after.top_ids[:, :length]).all((0, 2))
+    same &= (before.next_rank[:, :length] == after.next_rank[:, :length]).all(0)
+    return length if same.all() else int(np.argmin(same))
+
+
+def _facts(site: Site) -> dict[str, Any]:
+    base = site.base
+    return {
+        "name": site.name,
+        "views": list(site.views),
+        "layers": list(base.layers),
+        "k": base.top_ids.shape[-1],
+        "n_shared": site.n_shared,
+        "reading": base.reading,
+        "model": base.model,
+        "n_blocks": base.n_blocks,
+    }
+
+
+def _scale(metric: str, high: float | None) -> dict[str, Any]:
+    scale = Scale.magnitude(metric, np.array([np.nan if high is None else high]))
+    return {"high": scale.high, "logarithmic": scale.logarithmic}
+
+
+def _picture(shown: Any, metric: str) -> str:
+    from nblens import plots
+
+    figure = plots.trajectory_grid(shown, metric=metric)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI)
+    return b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise _RefusedError(f"{name} {value!r:.80} is unknown; one of {', '.join(allowed)}")
+    return value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and abs(int(value)) < 2**53

@@ -1,0 +1,1 @@
+"""The magics: parsing, then one call of the Python API."""

@@ -1,0 +1,135 @@
+"""Probe a model with a few tokens: in which ways it may be fed.
+
+A lens reads prompts in steps over one cache, several of them padded to one width. `find_batching` compares with one
+plain pass and no list of names: state-space models, models that count positions in ways of their own or cannot take
+up a cache with several tokens, and models that read ahead, all show themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from nblens.errors import UnsupportedModelError, first_line
+from nblens.model.architecture import Architecture, input_device, probe_ids, probe_logits
+from nblens.model.batching import Batching
+from nblens.model.generation import Batch, Step, SteppingLoop, cache_name, new_cache, takes
+from nblens.model.hooks import HookPoint, Instrumentation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["find_batching"]
+
+_PROMPT = 7  # tokens: two steps of three, one of one; or one of six, one of one
+_STEP = 3
+
+
+@torch.no_grad()
+def find_batching(model: PreTrainedModel, architecture: Architecture, pad_id: int = 0) -> Batching:
+    """Find the most convenient way to feed a model that gives what one plain pass gives.
+
+    Raises
+    ------
+    UnsupportedModelError
+        There is none: the model reads ahead, keeps no cache, or goes on from it differently than without one.
+    """
+    if not model.can_generate():
+        raise UnsupportedModelError(f"{type(model).__name__} cannot generate (transformers' can_generate() is False)")
+    if cache_name(model) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no cache that a run could go on from")
+    plain = probe_logits(model)
+    failure = ""
+    for way in _ways(model):
+        failure = _mismatch(model, architecture, plain, way, pad_id)
+        if not failure:
+            return way
+    raise UnsupportedModelError(f"{type(model).__name__} {_explain(model, plain, failure)}")
+
+
+def _ways(model: PreTrainedModel) -> Iterator[Batching]:
+    """Every way worth a try, the most convenient first; the one that asks least of the model last."""
+    carries_state, steps = _carries_state(model), (False,) if _has_own_cache(model) else (True, False)
+    ways: tuple[Literal["padded", "equal", "alone"], ...] = ("padded", "equal", "alone")
+    for positions in (True, False) if takes(model, "position_ids") else (True,):
+        for rows, stepwise in product(ways, steps):
+            # Without positions, a model finds padding by its token, which may as well stand in a text
+            if rows != "padded" or (positions and not carries_state):
+                yield Batching(rows, stepwise, positions)
+
+
+def _carries_state(model: PreTrainedModel) -> bool:
+    """Whether layers fold all tokens into a state, padding too; a few tokens of it might leave too small a trace."""
+    cache = new_cache(model)
+    if model._is_stateful or cache is None or cache_name(model) != "past_key_values":
+        return True
+    return any(hasattr(layer, "recurrent_states") for layer in cache.layers)
+
+
+def _has_own_cache(model: PreTrainedModel) -> bool:
+    """Whether layers have a cache of the model's own making, which may tell a prompt's first step from the others."""
+    layers = getattr(new_cache(model), "layers", ())
+    return any(not type(layer).__module__.startswith("transformers.cache_utils") for layer in layers)
+
+
+def _mismatch(
+    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
+) -> str:
+    """What is wrong with a way of feeding; empty when it gives the logits of the plain pass."""
+    first, second = probe_ids(model)[:, :_PROMPT].tolist()
+    prompts = {"padded": [first, second[:-_STEP]], "equal": [first, second], "alone": [first]}[way.rows]
+    batch = Batch.of(prompts, pad_id, input_device(model))
+    residuals: list[torch.Tensor] = []
+    width = _STEP if way.stepwise else _PROMPT - 1
+    try:
+        with Instrumentation([HookPoint(architecture.blocks[-1], capture=residuals.append)]):
+            SteppingLoop(model, batch, _Nobody(), width=width, batching=way).prefill(new_cache(model))
+    except Exception as error:
+        if architecture.stage:
+            raise  # the other stages may wait for this one: they must not go on without it
+        return f"cannot go on from its cache: {first_line(error)}"
+    last = architecture.whole(torch.cat(residuals, 1)[None], (architecture.n_blocks - 1,))[0]
+    logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(last)))
+    for row, prompt in enumerate(prompts):
+        off = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
+        if not off <= _allowed(architecture.dtype):
+            return (
+                "gives other logits when it goes on from its cache than in one pass "
+                f"(they differ by {off:.2g} of their spread)"
+            )
+    return ""
+
+
+def _explain(model: PreTrainedModel, plain: torch.Tensor, failure: str) -> str:
+    """Why no way of feeding gave the logits of the plain pass: something about the model, else the last failure."""
+    if _relative_error(probe_logits(model), plain) > _allowed(plain.dtype):
+        return "gives other logits each time it runs"
+    shorter = model(input_ids=probe_ids(model)[:, :_PROMPT].to(input_device(model)), use_cache=False).logits
+    if shorter.shape[1] != _PROMPT or _relative_error(shorter, plain[:, :_PROMPT]) > _allowed(plain.dtype):
+        return "is no causal decoder: its logits at a token change with the tokens after it"
+    return failure
+
+
+def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference in units of the logits' spread."""
+    expected = expected.float()
+    error = logits.float().to(expected.device) - expected
+    return (error.square().mean() / expected.var().clamp(min=1e-30)).sqrt().item()
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    """What rounding in other orders explains; in half precision it also sends a token to other experts at times."""
+    return 2**-3 if dtype in (torch.bfloat16, torch.float16) else 2e-4
+
+
+class _Nobody:
+    """An observer that lets everything pass."""
+
+    def before(self, *step: Any) -> bool:
+        return True
+
+    def after(self, step: Step, sampled: Any) -> None:
+        pass

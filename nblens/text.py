@@ -1,0 +1,94 @@
+r"""Tokens and numbers as a person sees them: the same in HTML, in figures and in text.
+
+>>> visible(" Paris\n")
+'·Paris⏎'
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = [
+    "aligned",
+    "byte_size",
+    "display_width",
+    "fit",
+    "percent",
+    "plain",
+    "short_number",
+    "visible",
+]
+
+_SYMBOLS = {" ": "·", "\n": "⏎", "\t": "⇥"}
+# Joiners shape emoji and Indic text; any other invisible character could hide or reorder what is around it.
+_KEPT_IN_PROSE = frozenset("\n\t\u200c\u200d")
+
+
+def visible(text: str) -> str:
+    """A token with its spaces as ·, newlines as ⏎, tabs as ⇥ and anything invisible as its code point."""
+    shown = "".join(_SYMBOLS.get(c) or (c if c.isprintable() else f"⟨{ord(c):02X}⟩") for c in text)
+    if shown and unicodedata.combining(shown[0]):
+        shown = "◌" + shown
+    return shown or "∅"
+
+
+def plain(text: str) -> str:
+    """Running text in which nothing can hide: invisible characters but for its layout as code points."""
+    return "".join(c if c.isprintable() or c in _KEPT_IN_PROSE else f"⟨{ord(c):02X}⟩" for c in text)
+
+
+def display_width(text: str) -> int:
+    """Columns in a monospace font: 2 for East Asian wide characters, 0 for combining ones."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def fit(text: str, columns: int) -> str:
+    """The text, cut with … where it is wider."""
+    if display_width(text) <= columns:
+        return text
+    kept, width = "", 1
+    for character in text:
+        width += display_width(character)
+        if width > columns:
+            break
+        kept += character
+    return kept + "…"
+
+
+def percent(probability: float) -> str:
+    """A probability as `97.1%`, `0.034%`."""
+    share = 100 * probability
+    return f"{share:.1f}%" if share >= 0.95 or share == 0 else f"{share:.2g}%"
+
+
+def short_number(value: float) -> str:
+    """A number in at most three digits: `0.5`, `−1.2`, `12`, `10k`."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return short_number(value / unit) + letter
+    return f"{value:.3g}".replace("-", "\u2212")
+
+
+def byte_size(n_bytes: int) -> str:
+    """Bytes as `312 MiB`, `15.0 GiB`; a lack of them as `−3.2 GiB`."""
+    value, sign = float(abs(n_bytes)), "−" if n_bytes < 0 else ""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{sign}{value:.0f} {unit}"
+        value /= 1024
+    return f"{sign}{value:.1f} GiB"
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; a column whose name begins with > is set flush right, and the last is never padded."""
+    cells = [[name.lstrip(">") for name in columns], *rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = [name.startswith(">") for name in columns]
+    return [
+        "  ".join(
+            text.rjust(width) if flush else text.ljust(width)
+            for text, width, flush in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in cells
+    ]

@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from trajectories import made_up, made_up_pair
+
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, cell_values, changed_values, contrast, ink
+from nblens.text import display_width, fit, percent, plain, short_number, visible
+
+
+@pytest.mark.parametrize("color", [*MAGNITUDE_COLORS, *DIFFERENCE_COLORS])
+def test_text_has_enough_contrast_on_every_colour(color):
+    assert contrast(ink(color), color) >= 4.5
+
+
+def test_contrast_is_that_of_wcag():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+    assert contrast("#ffffff", "#777777") == contrast("#777777", "#ffffff")
+
+
+def test_magnitudes_are_viridis():
+    expected = [to_hex(colormaps["viridis"](at)) for at in np.linspace(0, 1, 64)]
+    assert list(MAGNITUDE_COLORS) == expected
+
+
+def test_differences_run_from_blue_over_white_to_orange():
+    red, green, blue = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in DIFFERENCE_COLORS]).T
+    assert len(DIFFERENCE_COLORS) % 2 == 1
+    assert DIFFERENCE_COLORS[31] == "#f7f7f7"
+    assert (blue[:31] > red[:31]).all()
+    assert (red[32:] > green[32:]).all()
+    assert (green[32:] > blue[32:]).all()
+
+
+def test_a_probability_scale_always_runs_from_0_to_1():
+    scale = Scale.magnitude("prob", np.array([0.2, 0.3]))
+    assert scale.levels(np.array([0.0, 0.5, 1.0, np.nan])).tolist() == [0, 32, 63, -1]
+    assert scale.ticks() == [(0.0, "0"), (0.5, "0.5"), (1.0, "1")]
+
+
+@pytest.mark.parametrize(("top", "high"), [(6.73, 6.8), (6.8, 6.8), (0.0121, 0.013), (123.4, 130.0), (0.0, 1.0)])
+def test_a_scale_ends_at_the_largest_value_rounded_up(top, high):
+    values = np.array([0.0, top / 2, top, np.nan, np.inf])
+    assert Scale.magnitude("entropy", values).high == pytest.approx(high)
+
+
+def test_one_scale_covers_all_that_share_it():
+    assert Scale.magnitude("kl", np.array([1.0]), np.array([2.0, 3.0])).high == 3.0
+
+
+def test_ranks_are_logarithmic_and_rank_1_is_bright():
+    scale = Scale.magnitude("rank", np.array([1, 700]))
+    assert scale.positions([1, 10, 100, 1000]) == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert [text for _, text in scale.ticks()] == ["1k", "100", "10", "1"]
+    assert np.diff([at for at, _ in scale.ticks()]) == pytest.approx([1 / 3] * 3)
+
+
+def test_zero_difference_is_exactly_white_and_signs_are_symmetric():
+    scale = Scale.difference("prob", np.array([-0.5, 0.0, 0.25]))
+    assert scale.levels(np.array([-0.5, -0.25, 0.0, 0.25, 0.5])).tolist() == [0, 16, 31, 46, 62]
+    assert [text for _, text in scale.ticks()] == ["−0.5", "0", "+0.5"]
+
+
+def test_a_difference_can_share_the_units_of_a_magnitude():
+    assert Scale.difference("prob", np.array([0.1]), high=1.0).levels(np.array([0.1]))[0] == 34
+
+
+def test_values_outside_a_scale_are_drawn_at_its_end():
+    assert Scale.difference("kl", np.array([1.0])).levels(np.array([-9.0, 9.0])).tolist() == [0, 62]
+
+
+def test_a_rank_that_does_not_exist_has_no_value():
+    values = cell_values(made_up(3, 4), "rank")
+    assert np.isnan(values[:, -1]).all()
+    assert np.isfinite(values[:, :-1]).all()
+
+
+def test_ranks_of_different_next_tokens_are_not_compared():
+    base, other = made_up_pair(3, 4, next_rank=np.full((3, 4), 7, np.int32))
+    other = replace(other, next_ids=np.where(np.arange(4) == 2, 0, base.next_ids), next_rank=base.next_rank + 1)
+    base = replace(base, next_ids=np.where(np.arange(4) == 2, 1, base.next_ids))
+    assert changed_values(base.diff(other), "rank")[0].tolist() == pytest.approx([1, 1, np.nan, np.nan], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (" Paris", "·Paris"),
+        ("a\n\tb", "a⏎⇥b"),
+        ("", "∅"),
+        ("\x00\x1f\x7f", "⟨00⟩⟨1F⟩⟨7F⟩"),
+        ("\u202eabc", "⟨202E⟩abc"),
+        ("\u200b\ufeff", "⟨200B⟩⟨FEFF⟩"),
+        ("\ud800", "⟨D800⟩"),
+        ("\u0301", "◌\u0301"),
+        ("中文", "中文"),
+        ("<b>&", "<b>&"),
+    ],
+)
+def test_what_cannot_be_seen_is_made_visible(token, shown):
+    assert visible(token) == shown
+
+
+def test_running_text_keeps_its_layout_and_its_joiners():
+    assert plain("a\n b\t👩\u200d🚀\u202ec\x00") == "a\n b\t👩\u200d🚀⟨202E⟩c⟨00⟩"
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"), [("abcde", "abcde"), ("abcdef", "abcd…"), ("中文字", "中文…"), ("e\u0301bcde", "e\u0301bcde")]
+)
+def test_text_is_cut_by_the_columns_it_takes(text, cut):
+    assert fit(text, 5) == cut
+    assert display_width(cut) <= 5
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(1.0, "100.0%"), (0.9714, "97.1%"), (0.0099, "1.0%"), (0.00034, "0.034%"), (0, "0.0%")]
+)
+def test_probabilities_keep_two_digits(probability, shown):
+    assert percent(probability) == shown
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (-1.234, "−1.23"), (10_000, "10k"), (5_440_000, "5.44M")])
+def test_numbers_are_short(value, shown):
+    assert short_number(value) == shown
