@@ -26,6 +26,7 @@ from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import LensSpec, RunSpec
 
 _LARGEST_NAIVE = 8e9
@@ -69,7 +70,7 @@ def measure(n_tokens: int, n_blocks: int, d_model: int, vocab_size: int, top_k: 
     """Extra peak bytes of every side; NaN where it was left out."""
     model = llama_shape(n_blocks, d_model, vocab_size)
     prompt = random_prompt(n_tokens, vocab_size)
-    ids, engine, blocks = torch.tensor([prompt]), Engine(model, pad_id=0), tuple(range(n_blocks))
+    ids, engine, blocks = torch.tensor([prompt]), Engine(Runner.of(model, pad_id=0)), tuple(range(n_blocks))
 
     def run(spec: RunSpec) -> int:
         return peak_bytes(lambda: engine.run(spec, lambda event: None, Control()))

@@ -23,6 +23,7 @@ from benchmarks.measuring import in_turns
 from benchmarks.models import add_shape, llama_shape, random_prompt
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import LENS_METRICS, LensSpec, RunSpec
 
 
@@ -49,7 +50,7 @@ def measure(
     """Median processor seconds of each side, and their ratios."""
     model = llama_shape(n_blocks, d_model, vocab_size, dtype=dtype)
     prompt = random_prompt(n_tokens, vocab_size)
-    ids, engine = torch.tensor([prompt]), Engine(model, pad_id=0)
+    ids, engine = torch.tensor([prompt]), Engine(Runner.of(model, pad_id=0))
 
     def lens(metrics: tuple[str, ...]) -> Callable[[], None]:
         spec = RunSpec((prompt,), lens=LensSpec(tuple(range(n_blocks)), top_k=top_k, metrics=metrics))

@@ -30,6 +30,7 @@ from benchmarks.measuring import in_turns, processor_seconds, ratio
 from benchmarks.models import add_shape, llama_shape, operations, random_prompt
 from benchmarks.record import markdown_table, write
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.model.capture import RowSpan
 from nblens.specs import ActivationSlice, CaptureSpec, Event, LensSpec, ReadoutSlice, RunSpec, SteeringWrite
 
@@ -41,9 +42,9 @@ class Sides:
     """The same text with and without what nblens adds."""
 
     def __init__(self, model: LlamaForCausalLM, n_tokens: int, n_new: int) -> None:
-        self.model, self.engine, self.n_new = model, Engine(model, pad_id=0), n_new
+        self.model, self.engine, self.n_new = model, Engine(Runner.of(model, pad_id=0)), n_new
         self.prompt = random_prompt(n_tokens, model.config.vocab_size)
-        blocks = tuple(range(self.engine.architecture.n_blocks))
+        blocks = tuple(range(self.engine.runner.architecture.n_blocks))
         self.lens = LensSpec(blocks, top_k=_TOP_K)
         vector = 0.01 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1)).numpy()
         self.vectors = (SteeringWrite("v", "resid_post", dict.fromkeys(blocks, vector), (1.0,)),)
@@ -87,7 +88,7 @@ class Sides:
             work.append((states[:, place], RowSpan(0, place.start, slice(0, n), next_ids[place])))
 
         def read(take: Callable[[Event], object] = lambda event: None) -> None:
-            (reader,) = self.engine.readers(RunSpec((self.prompt,), lens=self.lens))
+            (reader,) = self.engine.runs._readers(RunSpec((self.prompt,), lens=self.lens))
             for values, span in work:
                 reader.read({"resid_post": values.clone()}, [span], take)  # which overwrites what it is given
 
@@ -121,8 +122,8 @@ def against_machine(model: LlamaForCausalLM, n_tokens: int, repeats: int) -> dic
     bandwidth = matrix.nbytes / min(rates["mv"])
     peak = 2 * 2048**3 / min(rates["mm"])
     weights = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
-    engine = Engine(model, pad_id=0)
-    lens = LensSpec(tuple(range(engine.architecture.n_blocks)), top_k=_TOP_K)
+    engine = Engine(Runner.of(model, pad_id=0))
+    lens = LensSpec(tuple(range(engine.runner.architecture.n_blocks)), top_k=_TOP_K)
     short, long = (random_prompt(n, model.config.vocab_size) for n in (16, n_tokens))
 
     def seconds(prompt: tuple[int, ...], n_new: int, **asked: Any) -> float:

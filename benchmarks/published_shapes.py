@@ -31,6 +31,7 @@ from benchmarks.models import random_prompt
 from benchmarks.plan_table import MODELS, config_of
 from benchmarks.record import markdown_table, write
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import LensSpec, SteeringWrite
 
 SHAPES = ("Llama-3.1-8B", "Qwen3-4B", "Qwen3-14B", "Qwen3-32B", "Llama-3.1-70B")
@@ -79,9 +80,9 @@ def model_of(name: str, device: torch.device) -> PreTrainedModel:
 def measure(name: str, device: torch.device, context: int, n_new: int, repeats: int) -> dict[str, Any]:
     """Of one shape."""
     model, clock = model_of(name, device), Clock(device)
-    engine, prompt = Engine(model, pad_id=0), random_prompt(context, model.config.vocab_size)
-    blocks = tuple(range(engine.architecture.n_blocks))
-    vector = torch.randn(engine.architecture.d_model, generator=torch.Generator().manual_seed(1)).numpy()
+    engine, prompt = Engine(Runner.of(model, pad_id=0)), random_prompt(context, model.config.vocab_size)
+    blocks = tuple(range(engine.runner.architecture.n_blocks))
+    vector = torch.randn(engine.runner.architecture.d_model, generator=torch.Generator().manual_seed(1)).numpy()
     lens = LensSpec(blocks, top_k=5, metrics=())
     steering = (SteeringWrite("v", "resid_post", dict.fromkeys(blocks, vector * 0.01), (1.0,)),)
     ids = torch.tensor([prompt], device=device)
@@ -111,7 +112,7 @@ def measure(name: str, device: torch.device, context: int, n_new: int, repeats: 
             "token (s)": statistics.median(turn[side][1] - turn[side][0] for turn in turns) / n_new,
             "extra bytes": clock.extra_bytes(lambda side=side: sides[side](n_new + 1)),
         }
-    decoder = engine.decodings._kept
+    decoder = engine.runs.workspaces._kept
     result["recorded"] = bool(decoder and decoder.decoder.recorded)
     result["not recorded because"] = decoder.decoder.refused if decoder else "steps are not recorded on this device"
     return result | at_most(model, context, clock)

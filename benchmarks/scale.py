@@ -21,6 +21,7 @@ from benchmarks.measuring import in_turns
 from benchmarks.models import llama_shape, operations, random_prompt
 from benchmarks.record import markdown_table, write
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import LensSpec
 
 Shape = tuple[int, int, int, int]
@@ -42,7 +43,7 @@ def measure(shape: Shape, repeats: int) -> dict[str, float]:
     """Median processor seconds of a prompt and of a new token, with and without the lens, and operations."""
     n_blocks, d_model, vocab_size, n_tokens = shape
     model = llama_shape(n_blocks, d_model, vocab_size)
-    engine, prompt = Engine(model, pad_id=0), random_prompt(n_tokens, vocab_size)
+    engine, prompt = Engine(Runner.of(model, pad_id=0)), random_prompt(n_tokens, vocab_size)
     lens = LensSpec(tuple(range(n_blocks)), metrics=())
 
     sides = {

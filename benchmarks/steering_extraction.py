@@ -19,13 +19,14 @@ from benchmarks.measuring import in_turns, ratio
 from benchmarks.models import llama_shape
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import EXTRACTION_METHODS, ExtractionSpec
 
 
 def fed_by(engine: Engine, work: Callable[[], object]) -> list[dict[str, torch.Tensor]]:
     """The token ids and masks of every forward pass."""
     fed: list[dict[str, torch.Tensor]] = []
-    handle = engine.model.register_forward_pre_hook(
+    handle = engine.runner.model.register_forward_pre_hook(
         lambda module, args, kwargs: fed.append({name: kwargs[name] for name in ("input_ids", "attention_mask")}),
         with_kwargs=True,
     )
@@ -38,7 +39,7 @@ def measure(
     n_pairs: int, n_tokens: int, n_blocks: int, d_model: int, vocab_size: int, method: str, mean: bool, repeats: int
 ) -> dict[str, float]:
     """Median processor seconds of each side, and their ratio."""
-    engine = Engine(llama_shape(n_blocks, d_model, vocab_size), pad_id=0)
+    engine = Engine(Runner.of(llama_shape(n_blocks, d_model, vocab_size), pad_id=0))
     generator = torch.Generator().manual_seed(0)
     texts = torch.randint(0, vocab_size, (2, n_pairs, n_tokens), generator=generator).tolist()
     sides = tuple(tuple(map(tuple, side)) for side in texts)
@@ -53,7 +54,7 @@ def measure(
     @torch.no_grad()
     def bare() -> None:
         for batch in batches:
-            engine.model.model(**batch, use_cache=False)
+            engine.runner.model.model(**batch, use_cache=False)
 
     times = in_turns(repeats, {"bare": bare, "extraction": extract})
     return {

@@ -30,6 +30,7 @@ from benchmarks.measuring import processor_seconds
 from benchmarks.models import add_shape, llama_shape, random_prompt
 from benchmarks.record import RESULTS, markdown_table, write
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import LensSpec
 
 _SIDES = ("naive", "cached", "one pass", "deferred", "nblens", "no lens", "no cache, no lens")
@@ -102,7 +103,7 @@ class Loops:
 
 def nblens_seconds(engine: Engine, prompt: tuple[int, ...], n_new: int) -> float:
     """For one more token: a run with them, less one without."""
-    lens = LensSpec(tuple(range(engine.architecture.n_blocks)), top_k=_TOP_K, metrics=())
+    lens = LensSpec(tuple(range(engine.runner.architecture.n_blocks)), top_k=_TOP_K, metrics=())
 
     def seconds(n: int) -> float:
         return processor_seconds(lambda: generate(engine, prompt, n, lens=lens))
@@ -114,7 +115,7 @@ def nblens_seconds(engine: Engine, prompt: tuple[int, ...], n_new: int) -> float
 def measure(model: LlamaForCausalLM, n_tokens: int, n_new: int, repeats: int) -> dict[str, float]:
     """Median processor seconds a token of every side, at a context of `n_tokens`."""
     prompt = random_prompt(n_tokens, model.config.vocab_size)
-    loops, engine = Loops(model, prompt, n_new), Engine(model, pad_id=0)
+    loops, engine = Loops(model, prompt, n_new), Engine(Runner.of(model, pad_id=0))
     sides = (
         loops.naive, loops.cached, loops.one_pass, loops.deferred,
         lambda: nblens_seconds(engine, prompt, n_new), loops.plain, loops.uncached,

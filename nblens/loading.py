@@ -17,6 +17,7 @@ from nblens.backends.local import LocalBackend
 from nblens.engine.engine import Engine
 from nblens.engine.memory import nothing_kept
 from nblens.engine.numerics import weights_checked
+from nblens.engine.runner import Runner
 from nblens.errors import DoesNotFitError, NoModelError, UserError
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
@@ -193,16 +194,16 @@ def current() -> Session:
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
     with weights_checked(hf_model):
-        engine = Engine(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer)
+        engine = Engine(Runner.of(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer))
     seconds = time.perf_counter() - began
-    placement = describe_placement(hf_model, engine.architecture, name=name, seconds=seconds)
+    placement = describe_placement(hf_model, engine.runner.architecture, name=name, seconds=seconds)
     return _make_current(
         Session(
             LocalBackend(engine),
             tokenizer,
             placement,
             config=hf_model.config,
-            architecture=engine.architecture,
+            architecture=engine.runner.architecture,
             model=hf_model,
         )
     )

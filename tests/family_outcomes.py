@@ -14,6 +14,7 @@ from torch import nn
 
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.lens.collector import TrajectoryCollector
 from nblens.lens.trajectory import Trajectory
@@ -53,7 +54,7 @@ def _outcome(family: str) -> Outcome:
     except Exception as error:
         return Outcome("not buildable", f"{type(error).__name__}: {error}")
     try:
-        engine = Engine(model, pad_id=2)
+        engine = Engine(Runner.of(model, pad_id=2))
     except UnsupportedModelError as error:
         return Outcome("refused", str(error))
     single, unequal = [prompt(19, 1)], [prompt(19, 1), prompt(11, 2), prompt(11, 3)]
@@ -81,7 +82,7 @@ def lens_of_last_block(
     engine: Engine, prompts: list[tuple[int, ...]], generate: int, chunk: int | None
 ) -> list[Trajectory]:
     """Trajectories of all rows with the whole vocabulary; the run must end with one finishing event."""
-    architecture = engine.architecture
+    architecture = engine.runner.architecture
     spec = RunSpec(
         prompts=tuple(prompts),
         lens=LensSpec(blocks=(architecture.n_blocks - 1,), top_k=architecture.vocab_size),

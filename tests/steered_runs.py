@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.results import RunResult
 from nblens.specs import (
     ActivationSlice,
@@ -58,7 +59,7 @@ def endless_model(family: str, seed: int = 5, **options: Any) -> PreTrainedModel
 @cache
 def engine_of(family: str) -> Engine:
     """One engine per family, shared by the tests: it keeps nothing from run to run."""
-    return Engine(endless_model(family), pad_id=PAD)
+    return Engine(Runner.of(endless_model(family), pad_id=PAD))
 
 
 def blocks_of(model: nn.Module, family: str) -> Sequence[nn.Module]:
@@ -254,7 +255,7 @@ def run_engine(
         watched=watched,
     )
     if result is not None:
-        result.append(RunResult(spec, engine.architecture, "tiny", str))
+        result.append(RunResult(spec, engine.runner.architecture, "tiny", str))
     engine.run(spec, emit, control)
     return run
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "demo": set(),
     "model": GROUND,
     "readout": GROUND | {"model"},
-    "planning": GROUND | {"model", "text"},
+    "planning": GROUND | {"model", "readout", "text"},
     "lens": GROUND | {"model", "readout", "text", "colors", "plots"},
     "steering": GROUND | {"model", "text", "plots"},
     "engine": GROUND | {"model", "readout", "lens", "steering"},

@@ -43,10 +43,11 @@ def nblens_engine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
 
     from nblens.engine.control import Control
     from nblens.engine.engine import Engine
+    from nblens.engine.runner import Runner
     from nblens.specs import LensSpec, ReadoutSlice, RunSpec
 
-    engine = Engine(model, pad_id=0)
-    lens = LensSpec(tuple(range(engine.architecture.n_blocks)), top_k=TOP_K, metrics=())
+    engine = Engine(Runner.of(model, pad_id=0))
+    lens = LensSpec(tuple(range(engine.runner.architecture.n_blocks)), top_k=TOP_K, metrics=())
 
     def read() -> Top:
         parts: list[ReadoutSlice] = []

@@ -26,6 +26,7 @@ from nblens.backends.rank_news import News, Reporter
 from nblens.engine.control import Coefficients
 from nblens.engine.engine import Engine
 from nblens.engine.ranks import AgreedControl, Ranks
+from nblens.engine.runner import Runner
 from nblens.errors import NblensError, UserError
 from nblens.model.architecture import ModelFacts
 from nblens.model.placement import Placement, describe_placement
@@ -207,8 +208,8 @@ class Rank:
             order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.where
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)
-        self._engine = Engine(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks)
-        architecture = self._engine.architecture
+        self._engine = Engine(Runner.of(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks))
+        architecture = self._engine.runner.architecture
         placement = describe_placement(model, architecture, name="", seconds=time.perf_counter() - began)
         parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
         return Joined(architecture.facts, placement, parameters, os.getpid(), ray.util.get_node_ip_address())

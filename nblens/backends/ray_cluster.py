@@ -1,7 +1,7 @@
 """`RayBackend`: one engine per device, in processes that Ray starts on one machine or many, seen as one backend.
 
 Rank 0 sends the events of a run; the others follow. They agree among themselves on what changes between two steps
-(`nblens.engine.ranks`); what comes from here only has to reach each of them.
+(`nblens.engine.runner.ranks`); what comes from here only has to reach each of them.
 """
 
 from __future__ import annotations

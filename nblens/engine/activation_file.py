@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import torch
 
+from nblens.engine.control import Emit
 from nblens.errors import UserError
 from nblens.files import plain_file, temporary_beside, umask
 from nblens.model.architecture import Architecture, ModelFacts
@@ -39,42 +40,41 @@ class ActivationRecorder:
     Consequences: a run that was stopped leaves a file of what it had read; one that failed leaves none.
     """
 
-    def __init__(self, spec: RunSpec, architecture: Architecture | ModelFacts, emit: Callable[[Event], None]) -> None:
-        self._spec, self._emit = spec, emit
+    def __init__(self, spec: RunSpec, facts: Architecture | ModelFacts, emit: Emit) -> None:
+        assert spec.capture is not None
+        assert spec.capture.to is not None
+        self._prompts, self._capture, self._emit = spec.prompts, spec.capture, emit
         self._sampled: list[list[int]] = [[] for _ in spec.prompts]
-        capture, n_rows = spec.capture, len(spec.prompts)
         n_new = spec.generation.max_new_tokens - 1 if spec.generation else 0
         shapes = {}
         for row, prompt in enumerate(spec.prompts):
-            n_tokens = len(capture.positions[row]) if capture.positions else len(prompt) + n_new
-            for site in capture.sites:
-                name = capture.tensor_name(row, site, n_rows)
-                shapes[name] = (len(capture.blocks), n_tokens, architecture.d_model)
-        self._file = ActivationFile(capture.to, shapes, architecture.dtype)
+            n_tokens = len(self._capture.positions[row]) if self._capture.positions else len(prompt) + n_new
+            for site in self._capture.sites:
+                shapes[self._name(row, site)] = (len(self._capture.blocks), n_tokens, facts.d_model)
+        self._file = ActivationFile(spec.capture.to, shapes, facts.dtype)
 
     def __call__(self, event: Event) -> None:
         """Take in an event; all but activations go on to `emit`."""
         if isinstance(event, ActivationSlice):
-            name = self._spec.capture.tensor_name(event.row, event.site, len(self._spec.prompts))
-            self._file.write(name, event.start, event.values)
+            self._file.write(self._name(event.row, event.site), event.start, event.values)
             return
         if isinstance(event, TokensSampled):
-            for row, token in zip(self._sampled, event.token_ids, strict=True):
-                if token is not None:
-                    row[event.step :] = [token]  # again, after a restart with a smaller chunk
+            event.place_in(self._sampled)
         elif isinstance(event, RunFinished):
             self._finish()
         self._emit(event)
 
+    def _name(self, row: int, what: str) -> str:
+        return self._capture.tensor_name(row, what, len(self._prompts))
+
     def _finish(self) -> None:
-        capture, n_rows = self._spec.capture, len(self._spec.prompts)
-        ids = {}
-        for row, prompt in enumerate(self._spec.prompts):
+        capture, ids = self._capture, {}
+        for row, prompt in enumerate(self._prompts):
             sequence = torch.tensor([*prompt, *self._sampled[row]], dtype=torch.int32)
             if capture.positions:
                 sequence = sequence[[p for p in capture.positions[row] if p < len(sequence)]]
-            n_written = self._file.n_tokens(capture.tensor_name(row, capture.sites[0], n_rows))
-            ids[capture.tensor_name(row, "token_ids", n_rows)] = sequence[:n_written]
+            n_written = self._file.n_tokens(self._name(row, capture.sites[0]))
+            ids[self._name(row, "token_ids")] = sequence[:n_written]
         layers = ",".join(map(str, capture.blocks))
         self._file.finish({"format": "nblens.activations", "version": "1", "layers": layers}, ids)
 
@@ -181,7 +181,7 @@ class ActivationFile:
             self.discard()
         return self._path
 
-    def _copy_used(self, out) -> None:
+    def _copy_used(self, out: BinaryIO) -> None:
         for name, (n_layers, room, d_model) in self._shapes.items():
             row = d_model * self._itemsize
             for layer in range(n_layers):

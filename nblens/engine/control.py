@@ -1,14 +1,38 @@
-"""`Control`: what reaches a run from outside, between two of its steps."""
+"""`Control`: what reaches a run from outside, between two of its steps; `Listening`: the observer that heeds it."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-__all__ = ["Coefficients", "Control"]
+from nblens.model.generation import Batch, Observer, Phase
+from nblens.specs import Event
 
-Coefficients = Mapping[str, float | Sequence[float | None] | None]
-"""vector → coefficient, for all rows or one per row; None: not steered"""
+__all__ = ["Coefficient", "Coefficients", "Control", "Emit", "Listening", "LoopControl"]
+
+Coefficient = float | Sequence[float | None] | None
+"""for all rows, or one per row; None: not steered"""
+
+Coefficients = Mapping[str, Coefficient]
+"""vector → coefficient"""
+
+Emit = Callable[[Event], None]
+"""takes the events of a request, the finishing one last"""
+
+
+class LoopControl(Protocol):
+    """What a loop reads between two steps: a `Control`, or what stands between it and a run over some of its rows."""
+
+    def agree(self, *, due: bool = False, sampled: Sequence[int | None] = ()) -> bool:
+        """See `Control.agree`."""
+
+    def take_coefficients(self) -> Coefficients:
+        """What changed since the last step."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the run was asked to stop."""
 
 
 class Control:
@@ -20,7 +44,7 @@ class Control:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._coefficients: dict[str, float | Sequence[float | None] | None] = {}
+        self._coefficients: dict[str, Coefficient] = {}
         self._cancelled = threading.Event()
 
     def agree(self, *, due: bool = False, sampled: Sequence[int | None] = ()) -> bool:
@@ -45,7 +69,7 @@ class Control:
         with self._lock:
             self._coefficients.update(coefficients)
 
-    def take_coefficients(self) -> dict[str, float | Sequence[float | None] | None]:
+    def take_coefficients(self) -> dict[str, Coefficient]:
         """Empty the mailbox."""
         with self._lock:
             taken, self._coefficients = self._coefficients, {}
@@ -59,3 +83,15 @@ class Control:
     def cancelled(self) -> bool:
         """Whether the run was asked to stop."""
         return self._cancelled.is_set()
+
+
+class Listening(Observer):
+    """Stops a pass that was asked to stop."""
+
+    def __init__(self, control: LoopControl) -> None:
+        self._control = control
+
+    def before(self, phase: Phase, columns: range, batch: Batch) -> bool:
+        """See `Observer.before`."""
+        self._control.agree()
+        return not self._control.cancelled

@@ -8,15 +8,16 @@ together, and the next run of the same shape takes it over with its own prompt, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from nblens.engine.runner import Runner
 from nblens.errors import first_line
-from nblens.model.architecture import Architecture, input_device, logit_tolerance, output_device
+from nblens.model.architecture import input_device, logit_tolerance
 from nblens.model.batching import Batching
 from nblens.model.capture import CaptureBuffer
 from nblens.model.generation import Batch, cache_name, takes
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CudaGraphRecorder",
-    "Decoding",
-    "Decodings",
     "Recorder",
     "Recording",
     "StaticDecoder",
+    "Workspace",
+    "Workspaces",
     "decodes_statically",
     "find_recorder",
 ]
@@ -171,7 +172,7 @@ class StaticDecoder:
         return logits
 
     def _forward(self) -> torch.Tensor:
-        output = self._model(
+        output: Any = self._model(
             input_ids=self._ids,
             attention_mask=self._mask,
             position_ids=self._positions,
@@ -179,7 +180,8 @@ class StaticDecoder:
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1]
+        logits: torch.Tensor = output.logits
+        return logits[:, -1]
 
     def _record(self, expected: torch.Tensor, column: int) -> None:
         """Record the step that has just been run, and run it again from the recording."""
@@ -200,67 +202,89 @@ class StaticDecoder:
 
     def _go_back_to(self, column: int) -> None:
         """Have the next step fed at a column that was fed before."""
-        for layer in self.cache.layers:
+        layers: Sequence[Any] = self.cache.layers
+        for layer in layers:
             layer.cumulative_length.fill_(column)
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """Of one shape: how tokens are fed, what steers them, and where activations go."""
+class Workspace:
+    """What the steps of a run read and write."""
 
-    shape: tuple[Any, ...]
-    decoder: StaticDecoder
     bank: SteeringBank
+    """steers them"""
     buffer: CaptureBuffer | None
+    """takes their activations; None: nothing is captured"""
+    decoder: StaticDecoder | None = None
+    """feeds generated tokens by a step that may be recorded; None: plain calls of the model do"""
 
 
-class Decodings:
-    """Keeps the last one, whose cache takes the memory of the longest text that it has room for."""
+class Workspaces:
+    """Makes workspaces; keeps the last one with a decoder, whose cache takes the memory of the longest text it fits.
 
-    def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, batching: Batching, recorder: Recorder | None
-    ) -> None:
-        self._model, self._architecture = model, architecture
-        self._recorder = recorder if recorder and decodes_statically(model, batching) else None
-        self._kept: Decoding | None = None
+    Parameters
+    ----------
+    runner : Runner
+        The model.
+    recorder : Recorder, optional
+        What records its steps; None: nothing does.
+    """
+
+    def __init__(self, runner: Runner, recorder: Recorder | None) -> None:
+        self._runner = runner
+        self._recorder = recorder if recorder and decodes_statically(runner.model, runner.batching) else None
+        self._kept: tuple[Any, Workspace] | None = None
 
     def take(
-        self, spec: RunSpec, batch: Batch, places: Mapping[str, tuple[int, ...]], capacity: int
-    ) -> Decoding | None:
-        """What a run decodes with; None where steps are not recorded.
+        self, spec: RunSpec, batch: Batch, places: Mapping[str, tuple[int, ...]], width: int, window: int
+    ) -> Workspace:
+        """What a run works in: the one that is kept, where its recorded step fits this run, too.
 
         Parameters
         ----------
         places : mapping of str to tuple of int
             Blocks to capture per site.
-        capacity : int
-            Tokens that the capture buffer must hold.
+        width : int
+            Columns of a prompt's step.
+        window : int
+            Decoded columns that wait for one readout.
         """
-        if self._kept is not None and self._kept.decoder.refused:
+        if self._kept is not None and (decoder := self._kept[1].decoder) is not None and decoder.refused:
             self._kept = self._recorder = None  # what cannot be recorded runs faster over a cache that grows
         if self._recorder is None or spec.generation is None or self._is_hooked():
-            return None
+            return self._new(spec, batch, places, batch.rows * max(min(width, batch.width), window))
         length = -(-(batch.width + spec.generation.max_new_tokens) // _ROOM) * _ROOM
-        weights = tuple(parameter.data_ptr() for parameter in self._model.parameters())
+        capacity = batch.rows * max(width, window)
+        weights = tuple(parameter.data_ptr() for parameter in self._runner.model.parameters())
         shape = (batch.rows, length, capacity, tuple(places.items()), layout_of(spec.steering), weights)
-        if self._kept is not None and self._kept.shape == shape:
-            self._kept.bank.fill(spec.steering)
-            if self._kept.buffer is not None:
-                self._kept.buffer.clear()  # of a run that failed
-            return self._kept
+        if self._kept is not None and self._kept[0] == shape:
+            workspace = self._kept[1]
+            workspace.bank.fill(spec.steering)
+            if workspace.buffer is not None:
+                workspace.buffer.clear()  # of a run that failed
+            return workspace
         self._kept = None  # before the next one takes its memory
-        buffer = None
-        if places:
-            buffer = CaptureBuffer(self._architecture, places, capacity, output_device(self._architecture))
-        bank = SteeringBank(spec.steering, batch.rows, self._architecture.dtype)
-        decoder = StaticDecoder(self._model, batch.rows, length, self._recorder)
-        self._kept = Decoding(shape, decoder, bank, buffer)
-        return self._kept
+        decoder = StaticDecoder(self._runner.model, batch.rows, length, self._recorder)
+        workspace = self._new(spec, batch, places, capacity, decoder)
+        self._kept = shape, workspace
+        return workspace
 
     def forget(self) -> None:
         """Free what is kept: memory ran out."""
         self._kept = None
 
+    def _new(
+        self,
+        spec: RunSpec,
+        batch: Batch,
+        places: Mapping[str, tuple[int, ...]],
+        capacity: int,
+        decoder: StaticDecoder | None = None,
+    ) -> Workspace:
+        architecture = self._runner.architecture
+        buffer = CaptureBuffer(architecture, places, capacity, self._runner.output_device) if places else None
+        return Workspace(SteeringBank(spec.steering, batch.rows, architecture.dtype), buffer, decoder)
+
     def _is_hooked(self) -> bool:
         """Whether the user has hooks on the model: a recording would run them once instead of at every token."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._model.modules())
+        return any(module._forward_hooks or module._forward_pre_hooks for module in self._runner.model.modules())

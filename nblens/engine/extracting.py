@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from nblens.engine.control import Control
+from nblens.engine.control import Control, Emit, Listening
 from nblens.engine.memory import with_smaller_chunks
 from nblens.engine.numerics import located
+from nblens.engine.runner import Runner
 from nblens.errors import NumericalError, UserError
-from nblens.model.architecture import input_device
-from nblens.model.generation import Batch, Step, new_cache
-from nblens.model.hooks import Instrumentation
-from nblens.specs import Event, ExtractionFinished, ExtractionSpec, Progress, Span
+from nblens.model.batching import packed
+from nblens.model.generation import Batch, Phase
+from nblens.specs import ExtractionFinished, ExtractionSpec, Progress, Span
 from nblens.steering.estimators import ESTIMATORS
 from nblens.steering.extraction import Separation, SpanReader, data_hash, held_back, shuffle_signs
-
-if TYPE_CHECKING:
-    from nblens.engine.engine import Engine
 
 __all__ = ["Extraction"]
 
@@ -37,11 +33,11 @@ class Extraction:
     what the method's estimator keeps, and the activations of at most 64 pairs that are held back to judge the blocks.
     """
 
-    def __init__(self, engine: Engine, spec: ExtractionSpec, emit: Callable[[Event], None], control: Control) -> None:
-        self._engine, self._spec, self._emit, self._control = engine, spec, emit, control
-        self._blocks = spec.blocks or tuple(range(engine.architecture.n_blocks))
-        self._tokens = CPU_TOKENS if input_device(engine.model).type == "cpu" else ACCELERATOR_TOKENS
-        shape = (len(self._blocks), engine.architecture.d_model)
+    def __init__(self, runner: Runner, spec: ExtractionSpec, emit: Emit, control: Control) -> None:
+        self._runner, self._spec, self._emit, self._control = runner, spec, emit, control
+        self._blocks = spec.blocks or tuple(range(runner.architecture.n_blocks))
+        self._tokens = CPU_TOKENS if runner.input_device.type == "cpu" else ACCELERATOR_TOKENS
+        shape = (len(self._blocks), runner.architecture.d_model)
         self._estimator = ESTIMATORS[spec.method](*shape, spec.n_shuffles)
         self._signs = torch.from_numpy(shuffle_signs(len(spec.positive), spec.n_shuffles, spec.seed))
         self._norms = torch.zeros(len(self._blocks), dtype=torch.float64)
@@ -81,7 +77,7 @@ class Extraction:
 
     def _finished(self) -> ExtractionFinished:
         n_pairs, n_blocks = len(self._spec.positive), len(self._blocks)
-        shape = (n_blocks, self._engine.architecture.d_model)
+        shape = (n_blocks, self._runner.architecture.d_model)
         directions, separation = np.zeros(shape, np.float32), np.zeros(n_blocks, np.float32)
         shuffled = np.zeros((self._spec.n_shuffles, *shape), np.float32)
         if not self._control.cancelled:
@@ -109,13 +105,9 @@ class Extraction:
         """Indices of pairs of similar length, as many as make one step of the model."""
         spec = self._spec
         lengths = [max(map(len, pair)) for pair in zip(spec.positive, spec.negative, strict=True)]
-        batches: list[list[int]] = []
-        for pair in sorted(range(len(lengths)), key=lengths.__getitem__):
-            fits = batches and 2 * (len(batches[-1]) + 1) * lengths[pair] <= self._tokens
-            if not fits or len(batches[-1]) == spec.batch_size:
-                batches.append([])
-            batches[-1].append(pair)
-        return batches
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        batches = packed([lengths[pair] for pair in order], self._tokens, rows=2, most=spec.batch_size)
+        return [[order[place] for place in batch] for batch in batches]
 
     def _spans(self, pairs: Sequence[int]) -> list[Span]:
         spec = self._spec
@@ -124,9 +116,9 @@ class Extraction:
 
     def _states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor:
         """Activations where they are read, float32 (n_blocks, n_texts, d_model)."""
-        shape = (len(self._blocks), len(texts), self._engine.architecture.d_model)
+        shape = (len(self._blocks), len(texts), self._runner.architecture.d_model)
         states = torch.zeros(shape, dtype=torch.float32)
-        for rows in self._engine.batching.groups(texts):
+        for rows in self._runner.batching.groups(texts):
             if self._control.cancelled:
                 break
             group = [texts[row] for row in rows]
@@ -135,39 +127,31 @@ class Extraction:
                 continue
             if not read.isfinite().all():
                 error = NumericalError(f"activations at {self._spec.site} are inf or NaN where they are read")
-                raise located(self._engine, error, self._engine.batch(group))
+                raise located(self._runner, error, self._runner.batch(group))
             states[:, list(rows)] = read
         return states
 
     def _group_states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor | None:
         """The same for texts that may share a batch; None where the run was stopped."""
-        engine, batch = self._engine, self._engine.batch(texts)
+        runner, batch = self._runner, self._runner.batch(texts)
 
         def attempt(chunk: int) -> torch.Tensor | None:
             reader = SpanReader(len(self._blocks), batch, spans)
-            points = [
-                engine.capture_point(self._spec.site, block, batch.rows, reader.writer(index))
-                for index, block in enumerate(self._blocks)
-            ]
-            with Instrumentation(points):
-                observer = _Reading(reader, self._control)
-                engine.loop(batch, observer, chunk // batch.rows).prefill(new_cache(engine.model))
-            return None if self._control.cancelled else engine.architecture.whole(reader.states(), self._blocks)
+            captures = {(self._spec.site, block): reader.writer(index) for index, block in enumerate(self._blocks)}
+            runner.forward(batch, _Reading(reader, self._control), capture=captures, width=chunk // batch.rows)
+            return None if self._control.cancelled else runner.architecture.whole(reader.states(), self._blocks)
 
-        fewest = engine.batching.fewest(batch.rows, batch.width)
-        return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=engine.ranks.alone)
+        fewest = runner.batching.fewest(batch.rows, batch.width)
+        return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=runner.ranks.alone)
 
 
-class _Reading:
-    """Observer of an extraction: tells the reader which columns come, and stops after the last that is read."""
+class _Reading(Listening):
+    """Tells the reader which columns come, and stops after the last that is read."""
 
     def __init__(self, reader: SpanReader, control: Control) -> None:
-        self._reader, self._control = reader, control
+        super().__init__(control)
+        self._reader = reader
 
-    def before(self, phase: str, columns: range, batch: Batch) -> bool:
+    def before(self, phase: Phase, columns: range, batch: Batch) -> bool:
         self._reader.begin(columns)
-        self._control.agree()
-        return not self._control.cancelled and columns.start <= self._reader.last_column
-
-    def after(self, step: Step, sampled: object) -> None:
-        pass
+        return super().before(phase, columns, batch) and columns.start <= self._reader.last_column

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch
 from torch import nn
 
+from nblens.engine.runner import Captures, Place, Runner
 from nblens.errors import NblensError, NumericalError, UnsupportedModelError
-from nblens.model.generation import Batch, new_cache
-from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.generation import Batch
 from nblens.model.site_map import SiteMap
 from nblens.specs import SteeringWrite
 from nblens.steering.bank import Coefficients, SteeringBank
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from nblens.engine.engine import Engine
 
 __all__ = ["located", "weights_checked"]
 
@@ -27,7 +22,7 @@ _PARTS = ("attn_out", "mlp_out")
 
 
 def located(
-    engine: Engine,
+    runner: Runner,
     error: NumericalError,
     batch: Batch,
     steering: Sequence[SteeringWrite] = (),
@@ -44,14 +39,15 @@ def located(
     steering, coefficients
         What was written, and the strengths if they changed since.
     """
-    if not engine.ranks.alone:
+    if not runner.ranks.alone:
         return error
-    bank = SteeringBank(steering, batch.rows, engine.architecture.dtype)
+    # a map of its own: parts that cannot be told apart now may be found when the model is sound again
+    runner = replace(runner, sites=SiteMap(runner.model, runner.architecture))
+    bank = SteeringBank(steering, batch.rows, runner.architecture.dtype)
     bank.set(coefficients or {})
     on = {name for name, strengths in bank.coefficients.items() if any(strengths)}
-    search = _Search(engine, bank, batch, {(w.site, block) for w in steering if w.name in on for block in w.directions})
-    with Instrumentation([*engine.hook_points(bank, None, {}, batch.rows), *search.points()]):
-        engine.loop(batch, search, batch.width).prefill(new_cache(engine.model))
+    search = _Search(runner, batch, {(w.site, block) for w in steering if w.name in on for block in w.directions})
+    runner.forward(batch, writes=bank, capture=search.captures())
     return NumericalError(f"{error}: {search.answer()}")
 
 
@@ -67,47 +63,34 @@ def weights_checked(model: nn.Module) -> Iterator[None]:
 
 
 class _Search:
-    """Observer of a pass: notes the first activation, in the order in which they are computed, that is not finite."""
+    """Notes the first activation of a pass, in the order in which they are computed, that is not finite."""
 
-    def __init__(self, engine: Engine, bank: SteeringBank, batch: Batch, written: set[tuple[str, int]]) -> None:
-        self._engine, self._bank, self._batch, self._written = engine, bank, batch, written
+    def __init__(self, runner: Runner, batch: Batch, written: set[Place]) -> None:
+        self._runner, self._batch, self._written = runner, batch, written
         self._found: tuple[str, int, int, int] | None = None
 
-    def before(self, phase: str, columns: range, batch: Batch) -> bool:
-        self._bank.begin(columns, batch)
-        return True
-
-    def after(self, step: object, sampled: object) -> None:
-        pass
-
-    def points(self) -> list[HookPoint]:
-        """Hooks that look at what enters the first block, at what each block's parts add, and at what leaves it."""
-        architecture = self._engine.architecture
-        # a map of its own: parts that cannot be told apart now may be found when the model is sound again
-        sites = SiteMap(self._engine.model, architecture)
+    def captures(self) -> Captures:
+        """What looks at what enters the first block, at what each block's parts add, and at what leaves it."""
         wanted = [("resid_pre", 0)]
-        for block in range(architecture.n_blocks):
+        for block in range(self._runner.architecture.n_blocks):
             wanted += [(part, block) for part in _PARTS] + [("resid_post", block)]
-        points = []
+        looks = {}
         for site, block in wanted:
-            try:
-                place = sites.locate(site, block)
-            except NblensError:
-                continue
-            rows = self._batch.rows if place.flat else None
-            points.append(HookPoint(place.module, place.end, capture=self._look(site, block), rows=rows))
-        return points
+            with suppress(NblensError):  # a block without such a part
+                self._runner.sites.locate(site, block)
+                looks[site, block] = self._look(site, block)
+        return looks
 
     def answer(self) -> str:
         """What was found, in words."""
-        architecture = self._engine.architecture
+        architecture = self._runner.architecture
         if self._found is None:
             broken = _broken_weight(architecture.lm_head)
             return f"its lm_head's {broken} holds such values" if broken else "every block's activations are finite"
         site, block, row, column = self._found
         token = column - int(self._batch.first_columns[row])
         if (site, block) == ("resid_pre", 0):
-            text, module = f"first in the embedding of token {token}", self._engine.model.get_input_embeddings()
+            text, module = f"first in the embedding of token {token}", self._runner.model.get_input_embeddings()
         else:
             text, module = f"first in block {block} at {site}, token {token}", architecture.blocks[block]
         if self._batch.rows > 1:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Self
 
 import torch
@@ -56,9 +55,10 @@ class ReadoutLane:
 
     @torch.no_grad()
     def _run(self, work: Callable[[], None], ready: torch.cuda.Event | None) -> None:
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            if ready is not None:
-                self._stream.wait_event(ready)
+        if self._stream is None or ready is None:
             work()
-            if self._stream is not None:
-                self._stream.synchronize()  # before the memory that it read is given back
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(ready)
+            work()
+            self._stream.synchronize()  # before the memory that it read is given back

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from nblens.engine.control import Control
+from nblens.engine.control import Coefficient, Control, Emit
 from nblens.specs import ActivationSlice, Event, ReadoutSlice, RunFinished, RunSpec, TokensSampled
 
 __all__ = ["RowControl", "RowGroups"]
@@ -27,12 +27,12 @@ class RowGroups:
     there is one finishing event, with the timings of all runs added up.
     """
 
-    def __init__(self, spec: RunSpec, emit: Callable[[Event], None], control: Control) -> None:
+    def __init__(self, spec: RunSpec, emit: Emit, control: Control) -> None:
         self._spec, self._emit, self._control = spec, emit, control
-        self._coefficients: dict[str, float | Sequence[float]] = {}
+        self._coefficients: dict[str, Coefficient] = {}
         self._timings: dict[str, float] = defaultdict(float)
 
-    def start(self, rows: Sequence[int]) -> tuple[RunSpec, Callable[[Event], None], RowControl]:
+    def start(self, rows: Sequence[int]) -> tuple[RunSpec, Emit, RowControl]:
         """What the run over these rows is asked, where its events go, and what reaches it from outside."""
         return _part(self._spec, rows), lambda event: self._pass_on(event, rows), RowControl(self, rows)
 
@@ -40,7 +40,7 @@ class RowGroups:
         """Emit the one finishing event."""
         self._emit(RunFinished(self.cancelled, dict(self._timings)))
 
-    def take_coefficients(self, rows: Sequence[int], *, first: bool) -> dict[str, float | list[float]]:
+    def take_coefficients(self, rows: Sequence[int], *, first: bool) -> dict[str, Coefficient]:
         """What was changed since the last step; for a run's first step, since the request began."""
         new = self._control.take_coefficients()
         self._coefficients |= new
@@ -83,7 +83,7 @@ class RowControl:
         """See `Control.agree`."""
         return self._groups.agree(due=due, sampled=sampled)
 
-    def take_coefficients(self) -> dict[str, float | list[float]]:
+    def take_coefficients(self) -> dict[str, Coefficient]:
         """What the run's next step shall change."""
         taken = self._groups.take_coefficients(self._rows, first=self._first)
         self._first = False
@@ -115,5 +115,5 @@ def _pick(values: Sequence[Any], rows: Sequence[int]) -> tuple[Any, ...]:
     return tuple(values[row] for row in rows) if values else ()
 
 
-def _of_rows(coefficient: float | Sequence[float], rows: Sequence[int]) -> float | list[float]:
+def _of_rows(coefficient: Coefficient, rows: Sequence[int]) -> Coefficient:
     return [coefficient[row] for row in rows] if isinstance(coefficient, Sequence) else coefficient

@@ -7,27 +7,25 @@ goes through the model once per text, and its KV cache is repeated for the setti
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from nblens.engine.control import Control
+from nblens.engine.control import Control, Emit, Listening
 from nblens.engine.memory import is_out_of_memory, out_of_memory
 from nblens.engine.numerics import located
+from nblens.engine.runner import Runner
 from nblens.engine.shared_prefix import feed_once, shared_columns
 from nblens.errors import NumericalError
-from nblens.model.architecture import output_device
-from nblens.model.generation import Batch, new_cache
-from nblens.model.hooks import Instrumentation
-from nblens.specs import Event, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
+from nblens.model.batching import packed
+from nblens.model.generation import Batch, Phase
+from nblens.specs import RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
 from nblens.steering.bank import SteeringBank
 
 if TYPE_CHECKING:
     from transformers import Cache
-
-    from nblens.engine.engine import Engine
 
 __all__ = ["Scoring"]
 
@@ -35,13 +33,13 @@ __all__ = ["Scoring"]
 class Scoring:
     """Serves one `ScoringSpec`: emits `Scores` for each text, then `RunFinished`."""
 
-    def __init__(self, engine: Engine, spec: ScoringSpec, emit: Callable[[Event], None], control: Control) -> None:
-        self._engine, self._spec, self._emit, self._control = engine, spec, emit, control
+    def __init__(self, runner: Runner, spec: ScoringSpec, emit: Emit, control: Control) -> None:
+        self._runner, self._spec, self._emit, self._control = runner, spec, emit, control
         self._tokens = spec.batch_tokens
 
     def execute(self) -> None:
         """Score every text; stops before the next batch when asked to."""
-        for group in self._engine.batching.groups([text.ids for text in self._spec.texts]):
+        for group in self._runner.batching.groups([text.ids for text in self._spec.texts]):
             # texts of like length share a batch, so that little of it is padding
             self._score_group(sorted(group, key=lambda number: len(self._spec.texts[number].ids)))
         self._emit(RunFinished(self._control.cancelled, {}))
@@ -63,20 +61,19 @@ class Scoring:
 
     def _texts_at_once(self, group: Sequence[int]) -> int:
         """How many of the next texts fit a batch under all settings; one where not even that fits."""
-        rows_of = [self._tokens // len(self._spec.texts[number].ids) for number in group]
-        fitting = [n for n, rows in enumerate(rows_of, 1) if n * self._spec.n_settings <= rows]
-        return 1 if self._engine.batching.rows == "alone" else max(fitting, default=1)
+        lengths = [len(self._spec.texts[number].ids) for number in group]
+        return 1 if self._alone else len(next(packed(lengths, self._tokens, rows=self._spec.n_settings)))
 
     def _settings_at_once(self, width: int) -> int:
         """Settings of one text that fit a batch."""
-        return 1 if self._engine.batching.rows == "alone" else max(1, self._tokens // width)
+        return 1 if self._alone else max(1, self._tokens // width)
 
     def _take_less(self, numbers: Sequence[int], error: RuntimeError) -> None:
         """Halve what goes through the model at once, or give up."""
         width = max(len(self._spec.texts[number].ids) for number in numbers)
         rows = len(numbers) * min(self._spec.n_settings, self._settings_at_once(width))
-        if rows == 1 or not self._engine.ranks.alone:
-            batch = self._engine.batch([self._spec.texts[number].ids for number in numbers])
+        if rows == 1 or not self._runner.ranks.alone:
+            batch = self._runner.batch([self._spec.texts[number].ids for number in numbers])
             raise out_of_memory("scoring answers", batch, batch.width) from error
         self._tokens = max(1, rows * width // 2)
 
@@ -84,7 +81,7 @@ class Scoring:
         """Score some texts under all settings; nothing where the run was stopped meanwhile."""
         texts = [self._spec.texts[number] for number in numbers]
         labels = [text.label for text in texts]
-        batch = self._engine.batch(
+        batch = self._runner.batch(
             [text.ids for text in texts],
             prompt_lengths=[text.prompt_length for text in texts],
             labels=None if None in labels else labels,
@@ -109,7 +106,7 @@ class Scoring:
             setting = int(broken.nonzero()[0])
             writes = self._of_rows(range(setting, setting + 1), batch.rows)
             error = NumericalError("log-probabilities of answers are NaN")
-            raise located(self._engine, error, batch, writes)
+            raise located(self._runner, error, batch, writes)
 
     def _states(self, batch: Batch) -> list[torch.Tensor]:
         """Last residuals where answers' tokens are predicted, text after text: (settings, n, d_model), batch by batch.
@@ -127,34 +124,37 @@ class Scoring:
 
     def _shared(self, batch: Batch) -> tuple[int, Cache | None]:
         """Feed the columns that are the same under all settings; how many, and the cache that holds them."""
-        engine = self._engine
         if self._spec.n_settings == 1:
             return 0, None
-        columns = shared_columns(engine.batching, new_cache(engine.model), batch, self._writes)
-        columns = min(columns, int(self._first_scored(batch).min()))
+        columns = min(shared_columns(self._runner, batch, self._writes), int(self._first_scored(batch).min()))
         if columns == 0:
             return 0, None
-        return columns, feed_once(engine, batch, columns, max(1, self._tokens // batch.rows), self._control)
+        width = max(1, self._tokens // batch.rows)
+        return columns, feed_once(self._runner, batch, columns, width, self._control)
 
     def _forward(self, batch: Batch, settings: range, shared: int, cache: Cache | None) -> torch.Tensor:
         """Feed what is left of every text under some settings, (settings, n, d_model)."""
-        engine, architecture = self._engine, self._engine.architecture
+        runner, architecture = self._runner, self._runner.architecture
         repeated = batch.repeated(len(settings))
-        if cache is None:
-            cache = new_cache(engine.model)
-        else:
+        if cache is not None:
             cache.batch_repeat_interleave(len(settings))
         bank = SteeringBank(self._of_rows(settings, batch.rows), repeated.rows, architecture.dtype)
-        watching = _Watching(self._control, bank, int(self._first_scored(batch).min()))
-        places = {"resid_post": (architecture.n_blocks - 1,)}
-        with Instrumentation(engine.hook_points(bank, watching.writer, places, repeated.rows)):
-            width = max(1, self._tokens // repeated.rows) if engine.batching.stepwise else batch.width
-            engine.loop(repeated, watching, width).prefill(cache, range(shared, batch.width))
-        if not watching.kept:  # stopped before the first column that is scored
+        keeping = _Keeping(self._control, int(self._first_scored(batch).min()))
+        last_block = architecture.n_blocks - 1
+        runner.forward(
+            repeated,
+            keeping,
+            bank,
+            {("resid_post", last_block): keeping.keep},
+            width=max(1, self._tokens // repeated.rows) if runner.batching.stepwise else None,
+            columns=range(shared, batch.width),
+            cache=cache,
+        )
+        if not keeping.kept:  # stopped before the first column that is scored
             return torch.empty((len(settings), 0, architecture.d_model))
-        last = architecture.whole(torch.cat(watching.kept, 1)[None], (architecture.n_blocks - 1,))[0]
-        by_text = last.to(output_device(architecture)).unflatten(0, (batch.rows, len(settings)))
-        offsets = (self._first_scored(batch) - watching.first).tolist()
+        last = architecture.whole(torch.cat(keeping.kept, 1)[None], (last_block,))[0]
+        by_text = last.to(runner.output_device).view(batch.rows, len(settings), *last.shape[1:])
+        offsets = (self._first_scored(batch) - keeping.first).tolist()
         return torch.cat([states[:, offset:] for states, offset in zip(by_text, offsets, strict=True)], 1)
 
     def _of_rows(self, settings: range, n_texts: int) -> list[SteeringWrite]:
@@ -165,6 +165,11 @@ class Scoring:
             if any(c is not None for c in coefficients):
                 writes.append(replace(write, coefficients=coefficients * n_texts))
         return writes
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no two rows may share a batch."""
+        return self._runner.batching.rows == "alone"
 
     @property
     def _writes(self) -> Sequence[SteeringWrite]:
@@ -186,44 +191,38 @@ class Scoring:
             wanted[place : place + n, : len(text.answers)] = torch.tensor(text.answers).T
             place += n
         wanted = wanted.to(states.device)
-        base = states[0].clone() if self._spec.kl else None
+        read = self._runner.readout.read
+        if not self._spec.kl:
+            results = [read(setting[None], top_k=1, wanted=wanted, ranks=False) for setting in states]
+            return torch.stack([result.wanted_logprobs[0].cpu() for result in results]), None
+        base = states[0].clone()
         logprobs, kl = [], []
         for setting in states:
-            slots = setting[None] if base is None else torch.stack([base, setting])
-            result = self._engine.readout.read(
-                slots, top_k=1, wanted=wanted, ranks=False, final=None if base is None else 1
-            )
-            logprobs.append(result.wanted_logprobs[-1].cpu())
-            kl.append(None if base is None else result.kl_to_final[0].cpu())
-        return torch.stack(logprobs), None if base is None else torch.stack(kl)
+            result = read(torch.stack([base, setting]), top_k=1, wanted=wanted, ranks=False, final=1)
+            assert result.kl_to_final is not None  # it was asked for
+            logprobs.append(result.wanted_logprobs[1].cpu())
+            kl.append(result.kl_to_final[0].cpu())
+        return torch.stack(logprobs), torch.stack(kl)
 
 
-class _Watching:
-    """Observer that tells the bank which columns come, and keeps what the last block gives from one of them on."""
+class _Keeping(Listening):
+    """Keeps what the last block gives from one column on."""
 
-    def __init__(self, control: Control, bank: SteeringBank, first: int) -> None:
-        self._control, self._bank = control, bank
+    def __init__(self, control: Control, first: int) -> None:
+        super().__init__(control)
         self.first = first
         """the first column that is kept"""
         self.kept: list[torch.Tensor] = []
         """(rows, width, d_model) each"""
+        self._columns = range(0)
 
-    def before(self, phase: str, columns: range, batch: Batch) -> bool:
-        """Say whether the pass goes on."""
+    def before(self, phase: Phase, columns: range, batch: Batch) -> bool:
+        """See `Observer.before`."""
         self._columns = columns
-        self._bank.begin(columns, batch)
-        self._control.agree()
-        return not self._control.cancelled
+        return super().before(phase, columns, batch)
 
-    def after(self, step: object, sampled: object) -> None:
-        """Nothing is left to do."""
-
-    def writer(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
-        """The callable that the last block's hook gives its output to."""
-
-        def write(hidden: torch.Tensor) -> None:
-            skipped = max(0, self.first - self._columns.start)
-            if skipped < len(self._columns):
-                self.kept.append(hidden[:, skipped:].clone())
-
-        return write
+    def keep(self, hidden: torch.Tensor) -> None:
+        """Take the last block's output of a step, (rows, width, d_model)."""
+        skipped = max(0, self.first - self._columns.start)
+        if skipped < len(self._columns):
+            self.kept.append(hidden[:, skipped:].clone())

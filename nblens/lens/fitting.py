@@ -16,6 +16,7 @@ from nblens.errors import UserError
 from nblens.lens.jacobian import JacobianFit
 from nblens.lens.lens import Lens
 from nblens.model.architecture import Architecture, output_device
+from nblens.model.batching import packed
 from nblens.specs import FitFinished, FitSpec, LensTensors, Progress
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def fit_translators(
     before: tuple[float, ...] = ()
     after: tuple[float, ...] = ()
     if not cancelled():
-        batches = (read(texts) for texts in _packed(spec.held_out, spec.batch_tokens))
+        batches = map(read, _batches(spec.held_out, spec.batch_tokens))
         before, after = mean_divergences(architecture, Lens.of(tensors).to(output_device(architecture)), batches)
     weights, biases = ({depth: t.cpu() for depth, t in part.items()} for part in (tensors.weights, tensors.biases))
     return FitFinished(weights, biases, done, fit.n_texts, before, after, cancelled())
@@ -187,17 +188,10 @@ def _shuffled(texts: Sequence[Ids], batch_tokens: int, seed: int) -> Iterator[li
     order, rng = list(texts), random.Random(seed)
     while True:
         rng.shuffle(order)
-        yield from _packed(order, batch_tokens)
+        yield from _batches(order, batch_tokens)
 
 
-def _packed(texts: Sequence[Ids], batch_tokens: int) -> Iterator[list[Ids]]:
+def _batches(texts: Sequence[Ids], batch_tokens: int) -> Iterator[list[Ids]]:
     """Neighbours that fit into a padded batch of so many tokens."""
-    batch: list[Ids] = []
-    width = 0
-    for text in texts:
-        width = max(width, len(text))
-        if batch and (len(batch) + 1) * width > batch_tokens:
-            yield batch
-            batch, width = [], len(text)
-        batch.append(text)
-    yield batch
+    for batch in packed([len(text) for text in texts], batch_tokens):
+        yield [texts[number] for number in batch]

@@ -1,13 +1,13 @@
-"""`Batching`: which ways of batching, padding and stepping leave what a model computes as it is."""
+"""`Batching`: how a model may be fed without changing what it computes; `packed`: how many items fit a batch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Batching"]
+__all__ = ["Batching", "packed"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +43,30 @@ class Batching:
     def fewest(self, rows: int, width: int) -> int:
         """The fewest tokens, over all rows, that one step over prompts of some width may hold."""
         return rows if self.stepwise else rows * width
+
+
+def packed(lengths: Sequence[int], tokens: int, *, rows: int = 1, most: int | None = None) -> Iterator[range]:
+    """Cut a sequence of items into runs of neighbours that fit into one padded batch each; an item too long is alone.
+
+    >>> list(packed([3, 3, 4, 9], 8))
+    [range(0, 2), range(2, 3), range(3, 4)]
+
+    Parameters
+    ----------
+    lengths : sequence of int
+        Tokens of each item's longest row.
+    tokens : int
+        Most tokens of a batch, padding counted.
+    rows : int
+        Of an item.
+    most : int, optional
+        Items of a batch.
+    """
+    start = width = 0
+    for number, length in enumerate(lengths):
+        count, width = number - start, max(width, length)
+        if count and ((count + 1) * rows * width > tokens or count == most):
+            yield range(start, number)
+            start, width = number, length
+    if lengths:
+        yield range(start, len(lengths))

@@ -53,6 +53,11 @@ class CaptureBuffer:
         self._fixed = False
         self.clear()
 
+    @property
+    def writers(self) -> dict[tuple[str, int], Callable[[torch.Tensor], None]]:
+        """What every hook gives its activation to, by site and block."""
+        return {(site, block): self.writer(site, block) for site, blocks in self._places.items() for block in blocks}
+
     def writer(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
         """The callable that a hook gives the site's activation to, (rows, width, d_model)."""
         slot = self._data[site][self._places[site].index(block)]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import Architecture, input_device, probe_ids, probe_logits
 from nblens.model.batching import Batching
-from nblens.model.generation import Batch, Step, SteppingLoop, cache_name, new_cache, takes
+from nblens.model.generation import Batch, Observer, SteppingLoop, cache_name, new_cache, takes
 from nblens.model.hooks import HookPoint, Instrumentation
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _mismatch(
     width = _STEP if way.stepwise else _PROMPT - 1
     try:
         with Instrumentation([HookPoint(architecture.blocks[-1], capture=residuals.append)]):
-            SteppingLoop(model, batch, _Nobody(), width=width, batching=way).prefill(new_cache(model))
+            SteppingLoop(model, batch, Observer(), width=width, batching=way).prefill(new_cache(model))
     except Exception as error:
         if architecture.stage:
             raise  # the other stages may wait for this one: they must not go on without it
@@ -123,13 +123,3 @@ def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 def _allowed(dtype: torch.dtype) -> float:
     """What rounding in other orders explains; in half precision it also sends a token to other experts at times."""
     return 2**-3 if dtype in (torch.bfloat16, torch.float16) else 2e-4
-
-
-class _Nobody:
-    """An observer that lets everything pass."""
-
-    def before(self, *step: Any) -> bool:
-        return True
-
-    def after(self, step: Step, sampled: Any) -> None:
-        pass

@@ -27,6 +27,7 @@ __all__ = [
     "Batch",
     "Decoder",
     "Observer",
+    "Phase",
     "Step",
     "SteppingLoop",
     "cache_name",
@@ -36,17 +37,21 @@ __all__ = [
     "takes",
 ]
 
+Phase = Literal["prompt", "generated"]
+"""what a step feeds"""
+
 _CACHES = ("past_key_values", "cache_params", "state")
 """what models call the memory that they go on from"""
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether a model's forward has a parameter of this name, or hands it on to its decoder."""
+    """Tell whether a model's forward has a parameter of this name, or hands it on to its decoder."""
     parameters = inspect.signature(model.forward).parameters
+    if argument in parameters:
+        return True
+    decoder: Any = model.get_decoder()
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return argument in parameters or (
-        hands_on and argument in inspect.signature(model.get_decoder().forward).parameters
-    )
+    return hands_on and argument in inspect.signature(decoder.forward).parameters
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
@@ -58,7 +63,8 @@ def new_cache(model: PreTrainedModel) -> Cache | None:
     """An empty cache of the kind that the model's layers need; None where the model makes its own."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config) if model._supports_default_dynamic_cache() else None
+    supported: Any = model._supports_default_dynamic_cache
+    return DynamicCache(config=model.config) if supported() else None
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ class Batch:
 class Step:
     """One forward pass: `width` columns of every row."""
 
-    phase: Literal["prompt", "generated"]
+    phase: Phase
     start: int
     """first column, counted from the left edge of the padded batch"""
     width: int
@@ -139,11 +145,12 @@ class Step:
     """int64 (rows, width) on the CPU: the token that follows each, -1 where there is none"""
 
 
-class Observer(Protocol):
-    """Who watches and steers a run."""
+class Observer:
+    """Who watches and steers a run; this one lets everything pass."""
 
-    def before(self, phase: Literal["prompt", "generated"], columns: range, batch: Batch) -> bool:
+    def before(self, phase: Phase, columns: range, batch: Batch) -> bool:
         """Say whether the run goes on; called before every forward pass, with the columns it will feed."""
+        return True
 
     def after(self, step: Step, sampled: Sequence[int | None] | None) -> None:
         """See a finished step; `sampled` holds the new token of every row where the step was followed by sampling."""
@@ -229,7 +236,7 @@ class SteppingLoop:
             if self._feed("prompt", columns, keep_logits=False) is None:
                 return input_ids
             self._observer.after(self._step("prompt", columns, self._following(columns)), None)
-        phase: Literal["prompt", "generated"] = "prompt"
+        phase: Phase = "prompt"
         columns = last
         unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
         while (logits := self._feed(phase, columns, input_ids, keep_logits=True)) is not None:
@@ -258,7 +265,7 @@ class SteppingLoop:
 
     def _feed(
         self,
-        phase: Literal["prompt", "generated"],
+        phase: Phase,
         columns: range,
         input_ids: torch.Tensor | None = None,
         *,
@@ -276,9 +283,10 @@ class SteppingLoop:
             self._mask = torch.cat([self._mask, self._mask.new_ones(self._batch.rows, new)], 1)
         arguments: dict[str, Any] = {
             "input_ids": ids,
-            self._cache_name: self._cache,
             "use_cache": True,
         }
+        if self._cache_name is not None:
+            arguments[self._cache_name] = self._cache
         if self._batching.masked:
             arguments["attention_mask"] = self._mask[:, : columns.stop]
         if self._batching.positions and "position_ids" in self._takes:
@@ -286,10 +294,12 @@ class SteppingLoop:
         if "logits_to_keep" in self._takes:
             # A lens reads prompt logits itself; the model projects the last column, or nothing at all
             arguments["logits_to_keep"] = 1 if keep_logits else ids.new_empty(0)
-        output = self._model(**arguments)
-        grown = getattr(output, self._cache_name, None)
-        self._cache = self._cache if grown is None else grown
-        return output.logits[:, -1] if keep_logits else output.logits[:, :0]
+        model: Any = self._model
+        output = model(**arguments)
+        if self._cache_name is not None and (grown := getattr(output, self._cache_name, None)) is not None:
+            self._cache = grown
+        logits: torch.Tensor = output.logits
+        return logits[:, -1] if keep_logits else logits[:, :0]
 
     def _positions(self, columns: range) -> torch.Tensor:
         return torch.arange(columns.start, columns.stop) - self._first[:, None]
@@ -300,7 +310,7 @@ class SteppingLoop:
         missing = len(columns) - following.shape[1]
         return torch.cat([following, following.new_full((self._batch.rows, missing), -1)], 1)
 
-    def _step(self, phase: Any, columns: range, following: torch.Tensor, fed: torch.Tensor | None = None) -> Step:
+    def _step(self, phase: Phase, columns: range, following: torch.Tensor, fed: torch.Tensor | None = None) -> Step:
         positions = self._positions(columns).clamp(min=-1)
         if fed is not None:
             positions = torch.where(fed[:, None], positions, -1)
@@ -323,8 +333,9 @@ def generate_text(
         generators = [torch.Generator().manual_seed(seed) for seed in spec.seeds]
     recommended = model.generation_config
     model.generation_config = _special_tokens(model, pad_id)
+    generate: Any = model.generate  # a method that its mixin does not annotate
     try:
-        return model.generate(
+        ids: torch.Tensor = generate(
             batch.input_ids,
             attention_mask=batch.mask,
             generation_config=config,
@@ -332,6 +343,7 @@ def generate_text(
             generators=generators,
             stopping_criteria=_stop_strings(config, tokenizer),
         )
+        return ids
     except ValueError as error:
         if isinstance(error, UserError) or loop.started:
             raise

@@ -261,7 +261,7 @@ def talking():
         def shapes(self):
             from torch.distributed.tensor import DTensor
 
-            parameters = self._engine.model.named_parameters()
+            parameters = self._engine.runner.model.named_parameters()
             experts = {name: weight for name, weight in parameters if "experts.down_proj" in name}
             return [tuple((w.to_local() if isinstance(w, DTensor) else w).shape) for w in experts.values()]
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nblens.engine.control import Control
 from nblens.engine.cuda_graph import CudaGraphRecorder
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.model.architecture import logit_tolerance
 from nblens.specs import GenerationSpec, LensSpec, ReadoutSlice, RunSpec, SteeringWrite, TokensSampled
 
@@ -43,11 +44,11 @@ def model(request):
 
 
 def engine_of(model, *, recorded):
-    engine = Engine(model, pad_id=2)
+    engine = Engine(Runner.of(model, pad_id=2))
     if recorded:
-        assert isinstance(engine.decodings._recorder, CudaGraphRecorder) or DEVICE.type != "cuda"
+        assert isinstance(engine.runs.workspaces._recorder, CudaGraphRecorder) or DEVICE.type != "cuda"
     else:
-        engine.decodings._recorder = None
+        engine.runs.workspaces._recorder = None
     return engine
 
 
@@ -92,9 +93,9 @@ def test_a_slider_moves_inside_a_replayed_graph(model):
     then = (-0.3, 0.3, 0.2)
     engine = engine_of(model, recorded=True)
     run(engine)
-    decoder = engine.decodings._kept.decoder
+    decoder = engine.runs.workspaces._kept[1].decoder
     moved = run(engine, then=then)
-    assert engine.decodings._kept.decoder is decoder
+    assert engine.runs.workspaces._kept[1].decoder is decoder
     assert decoder.recorded
     assert_agree(moved, run(engine_of(model, recorded=False), then=then), model.dtype)
     assert (moved[0] != run(engine)[0]).any()
@@ -113,10 +114,10 @@ def test_a_graph_is_recorded_within_three_seconds_and_once(model):
     began = time.perf_counter()
     run(engine, new=4)
     first = time.perf_counter() - began
-    recording = engine.decodings._kept.decoder._recording
+    recording = engine.runs.workspaces._kept[1].decoder._recording
     began = time.perf_counter()
     run(engine, new=4)
-    assert engine.decodings._kept.decoder._recording is recording
+    assert engine.runs.workspaces._kept[1].decoder._recording is recording
     assert first - (time.perf_counter() - began) <= 3
 
 
@@ -126,7 +127,7 @@ def test_memory_of_a_lens_does_not_grow_with_the_prompt():
 
     def peak(length, asked):
         prompt = tuple(torch.randint(3, VOCAB_SIZE, (length,)).tolist())
-        engine.decodings.forget()
+        engine.runs.workspaces.forget()
         torch.cuda.reset_peak_memory_stats()
         engine.run(RunSpec((prompt,), generation=GenerationSpec(8), **asked), lambda event: None, Control())
         return torch.cuda.max_memory_allocated()

@@ -25,9 +25,11 @@ from steered_runs import (
 from tiny_models import D_MODEL, prompt_ids
 
 from nblens import DeviceMemoryError, UserError
+from nblens.engine import cuda_graph
 from nblens.engine import run as run_module
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.lens.reader import LensReader
 from nblens.specs import (
     ActivationSlice,
@@ -51,10 +53,10 @@ PAIRS = ExtractionSpec(
 
 @pytest.fixture
 def engine():
-    engine = Engine(endless_model("llama"), PAD)
-    assert hook_count(engine.model) == 0
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
+    assert hook_count(engine.runner.model) == 0
     yield engine
-    assert hook_count(engine.model) == 0, "a hook was left on the model"
+    assert hook_count(engine.runner.model) == 0, "a hook was left on the model"
 
 
 @contextmanager
@@ -79,7 +81,9 @@ def before_forward(model, act):
 def plain(engine, family, run, row):
     """The reference of a run under `STEERING`."""
     fed = [*PROMPTS[row], *run.sampled[row][:-1]]
-    return plain_pass(engine.model, family, fed, len(PROMPTS[row]), [PlainWrite(1, V, STEERING.coefficients[row])])
+    return plain_pass(
+        engine.runner.model, family, fed, len(PROMPTS[row]), [PlainWrite(1, V, STEERING.coefficients[row])]
+    )
 
 
 def out_of_memory():
@@ -150,7 +154,7 @@ def test_somebody_watching_gets_slices_step_by_step_and_the_same_numbers(engine,
 @pytest.mark.parametrize("new_tokens", [0, 3])
 def test_the_chunk_halves_until_a_step_fits_and_the_result_is_the_normal_one(engine, fail, new_tokens):
     normal = run_engine(engine, PROMPTS, STEERING, new_tokens=new_tokens, chunk=6)
-    with before_forward(engine.model, lambda width, n: fail() if width > 2 else None) as widths:
+    with before_forward(engine.runner.model, lambda width, n: fail() if width > 2 else None) as widths:
         run = run_engine(engine, PROMPTS, STEERING, new_tokens=new_tokens, chunk=24)
     # 24, 12, then 6 tokens a step over three rows: two columns
     assert widths == [8, 4, 2, 2, 2, 2, 1, *[1] * max(0, new_tokens - 1)]
@@ -167,7 +171,7 @@ def test_what_was_read_before_the_memory_ran_out_counts_once(engine, new_tokens)
         if number == 3:
             out_of_memory()
 
-    with before_forward(engine.model, act) as widths:
+    with before_forward(engine.runner.model, act) as widths:
         run_engine(engine, PROMPTS, STEERING, new_tokens=new_tokens, chunk=12, result=full)
     assert widths[:5] == [4, 4, 1, 2, 2]
     (result,) = full
@@ -196,7 +200,7 @@ def test_a_readout_out_of_memory_after_the_first_token_was_sampled_does_not_give
 
 
 def test_a_buffer_that_does_not_fit_halves_the_chunk_too(engine, monkeypatch):
-    buffer = run_module.CaptureBuffer
+    buffer = cuda_graph.CaptureBuffer
     capacities = []
 
     def reserve(architecture, places, capacity, device):
@@ -205,7 +209,7 @@ def test_a_buffer_that_does_not_fit_halves_the_chunk_too(engine, monkeypatch):
             out_of_memory()
         return buffer(architecture, places, capacity, device)
 
-    monkeypatch.setattr(run_module, "CaptureBuffer", reserve)
+    monkeypatch.setattr(cuda_graph, "CaptureBuffer", reserve)
     run = run_engine(engine, PROMPTS, STEERING)
     assert len(capacities) > 1
     assert capacities[-1] <= 9
@@ -215,7 +219,7 @@ def test_a_buffer_that_does_not_fit_halves_the_chunk_too(engine, monkeypatch):
 def test_not_even_one_token_at_a_time_is_an_error_of_its_own_and_the_engine_goes_on(engine):
     normal = run_engine(engine, PROMPTS, STEERING, new_tokens=2)
     with (
-        before_forward(engine.model, lambda width, n: out_of_memory()) as widths,
+        before_forward(engine.runner.model, lambda width, n: out_of_memory()) as widths,
         pytest.raises(DeviceMemoryError) as caught,
     ):
         run_engine(engine, PROMPTS, STEERING, new_tokens=2, chunk=12)
@@ -236,7 +240,7 @@ def test_memory_that_runs_out_while_decoding_ends_the_run(engine):
         if number == 3:
             out_of_memory()
 
-    with before_forward(engine.model, act) as widths, pytest.raises(DeviceMemoryError, match="while generating"):
+    with before_forward(engine.runner.model, act) as widths, pytest.raises(DeviceMemoryError, match="while generating"):
         run_engine(engine, PROMPTS, STEERING, new_tokens=5)
     assert widths == [9, 1, 1]
 
@@ -248,13 +252,13 @@ def test_an_extraction_out_of_memory_takes_smaller_steps(engine):
         return events[-1].directions
 
     normal = directions()
-    with before_forward(engine.model, lambda width, n: out_of_memory() if width > 4 else None):
+    with before_forward(engine.runner.model, lambda width, n: out_of_memory() if width > 4 else None):
         halved = directions()
     np.testing.assert_allclose(halved, normal, atol=1e-3)
 
 
 def test_an_extraction_that_never_fits_is_a_device_memory_error(engine):
-    with before_forward(engine.model, lambda width, n: out_of_memory()), pytest.raises(DeviceMemoryError):
+    with before_forward(engine.runner.model, lambda width, n: out_of_memory()), pytest.raises(DeviceMemoryError):
         engine.run(PAIRS, print, Control())
 
 
@@ -271,11 +275,11 @@ def test_an_error_inside_the_model_surfaces_as_it_is_with_its_traceback(engine, 
         if number == 3:
             raise error("the model is broken")
 
-    with before_forward(engine.model, culprit), pytest.raises(error, match="the model is broken") as caught:
+    with before_forward(engine.runner.model, culprit), pytest.raises(error, match="the model is broken") as caught:
         run_engine(engine, PROMPTS, STEERING, new_tokens=new_tokens, chunk=9)
     assert caught.type is error
     assert "culprit" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
     assert_same_bits(run_engine(engine, PROMPTS, STEERING, new_tokens=new_tokens, chunk=9), normal)
 
 
@@ -283,26 +287,28 @@ def test_a_site_that_is_not_there_leaves_no_hook(engine):
     odd = write("v", 1, V, (1.0, 1.0, 1.0), site="mlp_in")
     with pytest.raises(UserError, match="'mlp_in' is unknown"):
         run_engine(engine, PROMPTS, STEERING, odd)
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
 
 
 def test_hooks_are_there_during_a_run_and_only_then(engine):
     counts = []
-    with before_forward(engine.model, lambda width, n: counts.append(hook_count(engine.model))):
+    with before_forward(engine.runner.model, lambda width, n: counts.append(hook_count(engine.runner.model))):
         run_engine(engine, PROMPTS, STEERING, new_tokens=2)
     assert counts == [2 * len(ALL_BLOCKS)] * 2
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
 
 
 def test_a_users_own_hook_survives_and_sees_the_run(engine):
     seen = []
-    handle = engine.model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    handle = engine.runner.model.model.layers[0].register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[1])
+    )
     run_engine(engine, PROMPTS, STEERING, new_tokens=3)
     assert seen == [9, 1, 1]
-    with before_forward(engine.model, lambda width, n: out_of_memory()), pytest.raises(DeviceMemoryError):
+    with before_forward(engine.runner.model, lambda width, n: out_of_memory()), pytest.raises(DeviceMemoryError):
         run_engine(engine, PROMPTS, STEERING)
-    assert hook_count(engine.model) == 1
-    engine.model(torch.tensor([PROMPTS[0]]))
+    assert hook_count(engine.runner.model) == 1
+    engine.runner.model(torch.tensor([PROMPTS[0]]))
     assert seen == [9, 1, 1, 5]
     handle.remove()
 
@@ -310,9 +316,9 @@ def test_a_users_own_hook_survives_and_sees_the_run(engine):
 def test_the_model_is_unsteered_outside_a_run(engine):
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        before = engine.model(ids).logits
+        before = engine.runner.model(ids).logits
         run_engine(engine, PROMPTS, STEERING, new_tokens=3)
-        assert torch.equal(engine.model(ids).logits, before)
+        assert torch.equal(engine.runner.model(ids).logits, before)
 
 
 def test_a_run_needs_no_gradients_and_leaves_the_callers_mode_alone(engine):
@@ -332,7 +338,7 @@ def cancelled_at(engine, stop, **options):
         if stop(event):
             control.cancel()
 
-    with before_forward(engine.model, lambda width, n: None) as widths:
+    with before_forward(engine.runner.model, lambda width, n: None) as widths:
         run = run_engine(engine, PROMPTS, STEERING, watch=watch, **options)
     assert run.finished.cancelled
     return run, widths
@@ -365,7 +371,7 @@ def test_a_run_cancelled_before_it_began_feeds_nothing(engine, new_tokens):
     control, events = Control(), []
     control.cancel()
     generation = GenerationSpec(new_tokens) if new_tokens else None
-    with before_forward(engine.model, lambda width, n: None) as widths:
+    with before_forward(engine.runner.model, lambda width, n: None) as widths:
         engine.run(RunSpec(tuple(map(tuple, PROMPTS)), generation=generation), events.append, control)
     assert widths == []
     assert [type(event) for event in events] == [RunFinished]

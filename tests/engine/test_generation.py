@@ -125,7 +125,7 @@ def test_sampling_follows_the_models_distribution_at_the_temperature():
     engine.run(spec, events.append, Control())
     (sampled,) = [event.token_ids for event in events if isinstance(event, TokensSampled)]
     with torch.no_grad():
-        logits = engine.model(torch.tensor([PROMPTS[0]])).logits[0, -1]
+        logits = engine.runner.model(torch.tensor([PROMPTS[0]])).logits[0, -1]
     expected = (logits / temperature).softmax(-1).numpy()
     frequency = np.bincount(sampled, minlength=VOCAB_SIZE) / n
     allowed = 4 * np.sqrt(expected * (1 - expected) / n) + 1 / n

@@ -24,6 +24,7 @@ from tiny_models import prompt_ids
 from nblens.engine import cuda_graph as static_decoding
 from nblens.engine.cuda_graph import Recording, find_recorder
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.errors import DeviceMemoryError
 from nblens.lens.reader import LensReader
 from nblens.model.generation import draw
@@ -36,8 +37,8 @@ RECORDED_FAMILIES = ("llama", "qwen3", "gpt_neox", "phi", "cohere", "granite", "
 
 
 def recorded_engine(family):
-    engine = Engine(endless_model(family), PAD, recorder=OperationRecorder())
-    return engine, engine.decodings._recorder
+    engine = Engine(Runner.of(endless_model(family), PAD), recorder=OperationRecorder())
+    return engine, engine.runs.workspaces._recorder
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def assert_is_plain(engine, family, run, writes_of, tolerance=1e-4):
     """Every row is the reference's."""
     for row, prompt in enumerate(PROMPTS):
         fed = [*prompt, *run.sampled[row][:-1]]
-        plain = plain_pass(engine.model, family, fed, len(prompt), writes_of(row))
+        plain = plain_pass(engine.runner.model, family, fed, len(prompt), writes_of(row))
         assert_equals_plain(run, row, plain, tolerance)
         assert_greedy(run, row, len(prompt), plain)
 
@@ -74,7 +75,7 @@ def test_buffers_that_fill_while_steps_are_replayed_lose_no_token(recorded):
 def test_a_row_that_ended_is_left_out_of_replayed_steps(recorded):
     engine, _ = recorded
     free = run_engine(engine, PROMPTS, new_tokens=8).sampled
-    engine.model.generation_config.eos_token_id = free[1][3]
+    engine.runner.model.generation_config.eos_token_id = free[1][3]
     run = run_engine(engine, PROMPTS, new_tokens=8)
     assert len(run.sampled[1]) < 8
     assert run.activations(1).shape[1] == len(PROMPTS[1]) + len(run.sampled[1]) - 1
@@ -124,7 +125,9 @@ def test_the_next_run_of_the_same_shape_takes_the_recording_over_with_its_own_te
         lambda engine: run_engine(engine, PROMPTS, write("v", 1, V, COEFFICIENTS, "generated"), new_tokens=4),
         lambda engine: run_engine(engine, PROMPTS, write("v", 1, V, COEFFICIENTS, op="clamp"), new_tokens=4),
         lambda engine: run_engine(engine, PROMPTS, new_tokens=4),
-        lambda engine: setattr(engine.model.lm_head.weight, "data", engine.model.lm_head.weight.data.clone()),
+        lambda engine: setattr(
+            engine.runner.model.lm_head.weight, "data", engine.runner.model.lm_head.weight.data.clone()
+        ),
     ],
     ids=["rows", "block", "positions", "operation", "unsteered", "weights"],
 )
@@ -181,16 +184,16 @@ def test_memory_that_runs_out_while_steps_are_replayed_frees_what_they_use(recor
 
     with pytest.raises(DeviceMemoryError, match="out of memory while generating"):
         run_engine(engine, PROMPTS, new_tokens=12, watch=fail)
-    assert engine.decodings._kept is None
+    assert engine.runs.workspaces._kept is None
 
 
 def test_columns_that_are_still_to_come_are_masked(recorded):
     """transformers leaves the mask away where it holds ones alone, and would look at what is not there yet."""
     engine, _ = recorded
     run_engine(engine, PROMPTS, new_tokens=20)
-    decoder = engine.decodings._kept.decoder
+    decoder = engine.runs.workspaces._kept[1].decoder
     assert decoder._mask.sum(-1).tolist() == [5 + 19, 9 + 19, 3 + 19]
-    decoder.begin(engine.batch(PROMPTS))
+    decoder.begin(engine.runner.batch(PROMPTS))
     assert decoder._mask.sum(-1).tolist() == [5, 9, 3]
 
 
@@ -231,12 +234,12 @@ def test_decoding_goes_on_while_a_readout_runs(recorded, monkeypatch):
     monkeypatch.setattr(LensReader, "read", slow)
     run = run_engine(engine, PROMPTS[:1], new_tokens=70, chunk=64, watch=watch)
     fed = [*PROMPTS[0], *run.sampled[0][:-1]]
-    assert_equals_plain(run, 0, plain_pass(engine.model, "llama", fed, 5), 1e-3)
+    assert_equals_plain(run, 0, plain_pass(engine.runner.model, "llama", fed, 5), 1e-3)
 
 
 def test_a_prompts_steps_go_on_while_readouts_run(monkeypatch):
-    engine = Engine(endless_model("llama"), PAD)
-    engine.overlaps = True
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
+    engine.runs.overlaps = True
     next_step, read, prompt = threading.Event(), LensReader.read, prompt_ids(12, 1)
 
     def slow(self, captured, spans, emit):
@@ -251,12 +254,12 @@ def test_a_prompts_steps_go_on_while_readouts_run(monkeypatch):
     monkeypatch.setattr(LensReader, "read", slow)
     run = run_engine(engine, [prompt], new_tokens=4, chunk=4, watch=watch)
     fed = [*prompt, *run.sampled[0][:-1]]
-    assert_equals_plain(run, 0, plain_pass(engine.model, "llama", fed, 12))
+    assert_equals_plain(run, 0, plain_pass(engine.runner.model, "llama", fed, 12))
 
 
 def test_memory_that_runs_out_in_a_prompts_readout_halves_its_steps(monkeypatch):
-    engine = Engine(endless_model("llama"), PAD)
-    engine.overlaps = True
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
+    engine.runs.overlaps = True
     read, prompt, sizes = LensReader.read, prompt_ids(12, 1), []
 
     def scarce(self, captured, spans, emit):
@@ -311,13 +314,13 @@ class Forgetful(OperationRecorder):
     ],
 )
 def test_a_step_that_cannot_be_recorded_runs_as_it_is_written(recorder, reason):
-    engine = Engine(endless_model("llama"), PAD, recorder=recorder)
+    engine = Engine(Runner.of(endless_model("llama"), PAD), recorder=recorder)
     run = run_engine(engine, PROMPTS, write("v", 1, V, COEFFICIENTS), new_tokens=12)
-    assert engine.decodings._kept.decoder.refused.startswith(reason)
-    assert "\n" not in engine.decodings._kept.decoder.refused
+    assert engine.runs.workspaces._kept[1].decoder.refused.startswith(reason)
+    assert "\n" not in engine.runs.workspaces._kept[1].decoder.refused
     assert_is_plain(engine, "llama", run, lambda row: [PlainWrite(1, V, COEFFICIENTS[row])])
     again = run_engine(engine, PROMPTS, new_tokens=4)  # as without a recorder
-    assert engine.decodings._kept is None
+    assert engine.runs.workspaces._kept is None
     assert_same_bits(again, run_engine(engine_of("llama"), PROMPTS, new_tokens=4))
 
 
@@ -331,7 +334,7 @@ def test_models_whose_steps_differ_from_token_to_token_are_left_alone(family):
 def test_a_users_hook_runs_at_every_token(recorded):
     engine, recorder = recorded
     seen = []
-    with engine.model.model.layers[0].register_forward_hook(lambda *call: seen.append(1)):
+    with engine.runner.model.model.layers[0].register_forward_hook(lambda *call: seen.append(1)):
         run_engine(engine, PROMPTS, new_tokens=6)
     assert (len(seen), recorder.recorded) == (6, 0)
 
@@ -346,7 +349,7 @@ def test_prompts_of_like_length_share_a_cache_of_the_same_size(recorded):
     for length in (3, 40, 100):
         run_engine(engine, [prompt_ids(length)], new_tokens=6)
     assert recorder.recorded == 1
-    assert engine.decodings._kept.decoder.cache.get_max_length() == 256
+    assert engine.runs.workspaces._kept[1].decoder.cache.get_max_length() == 256
 
 
 # drawing on the device ----------------------------------------------------------------------------------------------
@@ -379,6 +382,6 @@ def test_a_row_draws_from_its_own_generator():
 def test_layers_of_one_kind_are_needed(monkeypatch):
     model = endless_model("llama")
     engine = engine_of("llama")
-    assert static_decoding.decodes_statically(model, engine.batching)
+    assert static_decoding.decodes_statically(model, engine.runner.batching)
     monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
-    assert not static_decoding.decodes_statically(model, engine.batching)
+    assert not static_decoding.decodes_statically(model, engine.runner.batching)

@@ -10,6 +10,7 @@ from shrunken_models import shrunken_model
 
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.lens.collector import TrajectoryCollector
 from nblens.model.batching import Batching
 from nblens.specs import (
@@ -33,12 +34,12 @@ LENS = LensSpec(blocks=(0, 2), top_k=7, sites=("resid_pre", "resid_post"))
 
 @pytest.fixture(scope="module", params=["mamba", "rwkv", "qwen3_next"])
 def engine(request):
-    return Engine(shrunken_model(request.param), pad_id=2)
+    return Engine(Runner.of(shrunken_model(request.param), pad_id=2))
 
 
 def run(engine, spec, control=None):
     """Events, and a collector that has seen them."""
-    events, collector = [], TrajectoryCollector(spec, engine.architecture.n_blocks, "tiny", str)
+    events, collector = [], TrajectoryCollector(spec, engine.runner.architecture.n_blocks, "tiny", str)
 
     def take(event):
         events.append(event)
@@ -79,7 +80,7 @@ def test_generated_rows_are_sampled_as_each_alone_with_its_own_seed(engine):
 
 
 def test_rows_are_steered_with_their_own_coefficients(engine):
-    direction = torch.randn(engine.architecture.d_model, generator=torch.Generator().manual_seed(0)).numpy()
+    direction = torch.randn(engine.runner.architecture.d_model, generator=torch.Generator().manual_seed(0)).numpy()
     write = SteeringWrite("v", "resid_post", {1: direction}, coefficients=(0.0, 1.0, -2.0, 3.0))
     spec = RunSpec(PROMPTS, lens=LENS, steering=(write,))
     assert_rows_equal_each_alone(engine, spec)
@@ -109,8 +110,8 @@ def test_events_tell_all_rows_and_timings_add_up(engine):
     for row in range(4):
         assert [event.step for event in sampled if event.token_ids[row] is not None] == [0, 1, 2]
     assert {event.row for event in events if isinstance(event, ReadoutSlice)} == {0, 1, 2, 3}
-    groups = len(engine.batching.groups(PROMPTS))
-    widths = [len(PROMPTS[rows[0]]) for rows in engine.batching.groups(PROMPTS)]
+    groups = len(engine.runner.batching.groups(PROMPTS))
+    widths = [len(PROMPTS[rows[0]]) for rows in engine.runner.batching.groups(PROMPTS)]
     assert groups > 1
     assert events[-1].timings["forward_tokens"] == sum(widths) + 2 * groups
     assert events[-1].timings["total"] >= events[-1].timings["prefill"] + events[-1].timings["decode"]
@@ -130,7 +131,7 @@ class Steering(Control):
 
 @pytest.mark.parametrize("coefficient", [2.0, (2.0, 2.0, 2.0, 2.0), (0.0, 1.0, 2.0, 3.0)])
 def test_a_coefficient_changed_in_the_first_run_counts_in_the_later_ones(engine, coefficient):
-    direction = torch.randn(engine.architecture.d_model, generator=torch.Generator().manual_seed(0)).numpy()
+    direction = torch.randn(engine.runner.architecture.d_model, generator=torch.Generator().manual_seed(0)).numpy()
     start = SteeringWrite("v", "resid_post", {1: direction}, coefficients=(0.0,) * 4)
     spec = RunSpec(PROMPTS, lens=LENS, steering=(start,))
     changed = run(engine, spec, Steering(coefficient))[1]
@@ -150,7 +151,7 @@ def test_a_cancelled_request_stops_all_its_runs_and_says_so_once(engine):
             return {}
 
     events, collector = run(engine, RunSpec(PROMPTS, lens=LENS, chunk=10**6), Stopping())
-    first, *others = engine.batching.groups(PROMPTS)
+    first, *others = engine.runner.batching.groups(PROMPTS)
     assert events[-1].cancelled
     assert [collector.trajectory(row, "resid_post").top_ids.shape[1] for row in first] == [
         len(PROMPTS[row]) for row in first
@@ -168,7 +169,7 @@ def test_a_vector_is_extracted_as_if_every_text_came_alone(engine):
     means = []
     for ids in PROMPTS:
         request = RunSpec(
-            (ids,), capture=CaptureSpec(blocks=tuple(range(engine.architecture.n_blocks)), sites=("resid_post",))
+            (ids,), capture=CaptureSpec(blocks=tuple(range(engine.runner.architecture.n_blocks)), sites=("resid_post",))
         )
         parts = [event.values for event in run(engine, request)[0] if isinstance(event, ActivationSlice)]
         means.append(torch.cat(parts, 1).float().mean(1))
@@ -177,8 +178,8 @@ def test_a_vector_is_extracted_as_if_every_text_came_alone(engine):
 
 
 def test_a_model_that_takes_no_steps_is_given_the_whole_prompt():
-    engine, widths = Engine(shrunken_model("mamba"), pad_id=2), []
-    hook = engine.model.register_forward_pre_hook(
+    engine, widths = Engine(Runner.of(shrunken_model("mamba"), pad_id=2)), []
+    hook = engine.runner.model.register_forward_pre_hook(
         lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     run(engine, RunSpec(PROMPTS[:1], lens=LENS, chunk=2, generation=GenerationSpec(3, options={"min_new_tokens": 3})))
@@ -189,11 +190,11 @@ def test_a_model_that_takes_no_steps_is_given_the_whole_prompt():
 @pytest.mark.parametrize(("family", "chunk"), [("mamba", 10**6), ("falcon_h1", len(PROMPTS))])
 def test_padding_a_model_that_carries_a_state_would_be_wrong(family, chunk):
     """What the groups are for; falcon_h1 shows it in steps of one token alone."""
-    engine = Engine(shrunken_model(family), pad_id=2)
+    engine = Engine(Runner.of(shrunken_model(family), pad_id=2))
     spec = RunSpec(PROMPTS, lens=LENS, chunk=chunk, generation=GenerationSpec(3, options={"min_new_tokens": 3}))
     right = run(engine, spec)[1]
-    engine.batching = Batching("padded", stepwise=engine.batching.stepwise)
-    padded = run(engine, spec)[1]
+    careless = replace(engine.runner, batching=Batching("padded", stepwise=engine.runner.batching.stepwise))
+    padded = run(Engine(careless), spec)[1]
     errors = [
         np.abs(right.trajectory(row, "resid_post").entropy - padded.trajectory(row, "resid_post").entropy).max()
         for row in range(4)

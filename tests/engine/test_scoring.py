@@ -28,6 +28,7 @@ from nblens import DeviceMemoryError, UserError
 from nblens.engine import scoring
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.model.batching import Batching
 from nblens.specs import STEER_OPS, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
 
@@ -63,7 +64,7 @@ TEXTS = (
 
 @cache
 def recurrent_engine(family):
-    return Engine(shrunken_model(family), pad_id=PAD)
+    return Engine(Runner.of(shrunken_model(family), pad_id=PAD))
 
 
 def score(engine, spec, control=None, watch=lambda event: None):
@@ -114,7 +115,7 @@ def distributions(model, family, one, spec):
 def assert_plain(engine, family, spec, scores, tolerance=1e-4):
     assert sorted(scores) == list(range(len(spec.texts)))
     for number, one in enumerate(spec.texts):
-        expected = distributions(engine.model, family, one, spec)
+        expected = distributions(engine.runner.model, family, one, spec)
         n = len(one.ids) - one.prompt_length + 1
         ours = scores[number].logprobs
         assert ours.shape == (spec.n_settings, len(one.answers), n)
@@ -147,7 +148,7 @@ def passes(engine, act=lambda rows, width, number: None):
         shapes.append(tuple(kwargs["input_ids"].shape))
         act(*shapes[-1], len(shapes))
 
-    handle = engine.model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = engine.runner.model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield shapes
     finally:
@@ -202,10 +203,10 @@ def test_a_model_that_carries_a_state_is_scored_as_each_row_alone(family, positi
 
 @pytest.mark.parametrize("batching", [Batching("equal"), Batching("alone"), Batching("padded", False)])
 def test_the_way_of_feeding_changes_what_goes_through_and_no_score(batching):
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     spec = spec_of(*several_writes("label"), kl=True)
     usual = score(engine, spec)
-    engine.batching = batching
+    engine = Engine(replace(engine.runner, batching=batching))
     with passes(engine) as shapes:
         scores = score(engine, spec)
     assert_same_scores(scores, usual, 1e-4)
@@ -219,12 +220,12 @@ def test_the_way_of_feeding_changes_what_goes_through_and_no_score(batching):
 
 
 def test_a_bfloat16_model_is_scored_as_plain_hooks_score_it():
-    engine = Engine(endless_model("llama", dtype=torch.bfloat16), PAD)
-    exact = Engine(endless_model("llama", dtype=torch.bfloat16).float(), PAD)
+    engine = Engine(Runner.of(endless_model("llama", dtype=torch.bfloat16), PAD))
+    exact = Engine(Runner.of(endless_model("llama", dtype=torch.bfloat16).float(), PAD))
     spec = spec_of(write("v", 1, V, (None, 0.0, 1.0, -2.0)), kl=True)
     scores, wide = score(engine, spec), score(exact, spec)
     for number, one in enumerate(TEXTS):
-        theirs = distributions(engine.model, "llama", one, spec)
+        theirs = distributions(engine.runner.model, "llama", one, spec)
         n = len(one.ids) - one.prompt_length + 1
         for answer, tokens in enumerate(one.answers):
             plain = theirs[:, range(n), list(tokens)].numpy()
@@ -285,7 +286,7 @@ def test_kl_is_of_the_first_setting_to_each_and_not_the_other_way_round():
     engine, spec = engine_of("llama"), spec_of(write("v", 2, V, (6.0, None, -6.0)), kl=True)
     scores, differences = score(engine, spec), []
     for number, one in enumerate(TEXTS):
-        p = distributions(engine.model, "llama", one, spec).double()
+        p = distributions(engine.runner.model, "llama", one, spec).double()
         forward = (p[0].exp() * (p[0] - p)).sum(-1).numpy()
         backward = (p.exp() * (p - p[0])).sum(-1).numpy()
         np.testing.assert_allclose(scores[number].kl, forward, atol=1e-4)
@@ -303,11 +304,11 @@ def test_one_write_may_hold_directions_of_several_blocks():
 
 
 def test_a_label_is_needed_where_it_is_written_at():
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     texts = [*TEXTS[:2], replace(TEXTS[2], label=None)]
     with pytest.raises(UserError, match="write position 'label' needs answers to be scored"):
         score(engine, spec_of(write("v", 1, V, (0.0, 1.0), "label"), texts=texts))
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
     score(engine, spec_of(write("v", 1, V, (0.0, 1.0), "last"), texts=texts))
 
 
@@ -394,18 +395,18 @@ def out_of_memory():
 @pytest.mark.parametrize("position", ["all", "last"])
 @pytest.mark.parametrize("limit", [12, 30, 90])
 def test_the_batch_halves_until_it_fits_and_the_scores_are_the_usual_ones(position, limit):
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     spec = spec_of(*several_writes(position), kl=True)
     usual = score(engine, spec)
     with passes(engine, lambda rows, width, n: out_of_memory() if rows * width > limit else None) as shapes:
         scores = score(engine, spec)
     assert max(r * w for r, w in shapes) > limit, "memory never ran out"
     assert_same_scores(scores, usual, 1e-4)
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
 
 
 def test_memory_that_runs_out_half_way_tells_no_text_twice():
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     spec = spec_of(*several_writes(), kl=True, batch_tokens=60)
     usual = score(engine, spec)
     with passes(engine, lambda rows, width, n: out_of_memory() if n == 3 else None) as shapes:
@@ -416,7 +417,7 @@ def test_memory_that_runs_out_half_way_tells_no_text_twice():
 
 
 def test_not_even_one_row_is_an_error_of_its_own_and_the_engine_goes_on():
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     spec = spec_of(*several_writes())
     usual = score(engine, spec)
     with passes(engine, lambda rows, width, n: out_of_memory()), pytest.raises(DeviceMemoryError) as caught:
@@ -424,12 +425,12 @@ def test_not_even_one_row_is_an_error_of_its_own_and_the_engine_goes_on():
     assert "scoring answers" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
     assert_same_scores(score(engine, spec), usual)
 
 
 def test_another_error_inside_the_model_surfaces_as_it_is_and_leaves_no_hook():
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
 
     def culprit(rows, width, number):
         raise RuntimeError("the model is broken")
@@ -437,14 +438,14 @@ def test_another_error_inside_the_model_surfaces_as_it_is_and_leaves_no_hook():
     with passes(engine, culprit) as shapes, pytest.raises(RuntimeError, match="the model is broken"):
         score(engine, spec_of(*several_writes()))
     assert len(shapes) == 1
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
 
 
 @pytest.mark.parametrize("position", ["all", "last", "generated"])
 @pytest.mark.parametrize("batch_tokens", [4, 23, 60, 2048])
 def test_a_cancelled_request_stops_before_the_next_pass_and_tells_whole_texts_alone(position, batch_tokens):
     """At whichever pass it comes: in the shared part, between two batches of settings, in the last step."""
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     spec = spec_of(*several_writes(position), kl=True, batch_tokens=batch_tokens)
     with passes(engine) as shapes:
         usual = score(engine, spec)
@@ -457,7 +458,7 @@ def test_a_cancelled_request_stops_before_the_next_pass_and_tells_whole_texts_al
         assert events[-1] == RunFinished(True, {})
         told = {event.text: event for event in events[:-1]}
         assert_same_scores(told, {number: usual[number] for number in told})
-        assert hook_count(engine.model) == 0
+        assert hook_count(engine.runner.model) == 0
 
 
 def test_a_request_that_was_cancelled_before_feeds_nothing():
@@ -469,27 +470,27 @@ def test_a_request_that_was_cancelled_before_feeds_nothing():
 
 
 def test_hooks_are_there_at_the_written_places_and_the_last_block_while_steered_columns_are_fed():
-    engine, counts = Engine(endless_model("llama"), PAD), []
+    engine, counts = Engine(Runner.of(endless_model("llama"), PAD)), []
     with (
-        passes(engine, lambda *shape: counts.append(hook_count(engine.model) - 1)),
+        passes(engine, lambda *shape: counts.append(hook_count(engine.runner.model) - 1)),
         registered_hooks() as registered,
     ):
         score(engine, spec_of(*several_writes("last")))
         # resid_post of block 1 and resid_pre of block 2 are written, resid_post of block 2 is read
         assert counts == [0, 3]
         assert registered.count() == 4 - 1
-    assert hook_count(engine.model) == 0
+    assert hook_count(engine.runner.model) == 0
 
 
 def test_scoring_needs_no_gradients_and_leaves_model_and_mode_alone():
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     ids = torch.tensor([TEXTS[0].ids])
     with torch.no_grad():
-        before = engine.model(ids).logits
+        before = engine.runner.model(ids).logits
     score(engine, spec_of(*several_writes("last"), kl=True))
     assert torch.is_grad_enabled()
     with torch.no_grad():
-        assert torch.equal(engine.model(ids).logits, before)
+        assert torch.equal(engine.runner.model(ids).logits, before)
 
 
 # faults that peers have -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from tiny_models import prompt_ids
 from nblens.engine import run as run_module
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import GenerationSpec, LensSpec, RunSpec, TokensSampled
 
 PROMPT = tuple(prompt_ids(40))
@@ -17,7 +18,7 @@ COEFFICIENTS = (-40.0, 0.0, 30.0)
 def sampled(engine, *writes, prompts=(PROMPT,) * 3, new_tokens=12, watch=None, **asked):
     """New tokens by step, and (rows, width) of every forward pass."""
     tokens, shapes, control = [], [], Control()
-    forward = engine.model.forward
+    forward = engine.runner.model.forward
 
     def patched(*args, **kwargs):
         shapes.append(tuple(kwargs["input_ids"].shape))
@@ -30,12 +31,12 @@ def sampled(engine, *writes, prompts=(PROMPT,) * 3, new_tokens=12, watch=None, *
             watch(event, control)
 
     spec = RunSpec(prompts, generation=GenerationSpec(new_tokens), steering=writes, chunk=48, **asked)
-    engine.model.forward = patched
+    engine.runner.model.forward = patched
     try:
         engine.run(spec, take, control)
     finally:
-        del engine.model.forward
-    assert hook_count(engine.model) == 0
+        del engine.runner.model.forward
+    assert hook_count(engine.runner.model) == 0
     return tokens, shapes
 
 
@@ -46,7 +47,7 @@ def sampled(engine, *writes, prompts=(PROMPT,) * 3, new_tokens=12, watch=None, *
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_a_prompt_is_fed_once_up_to_the_first_written_column(family, positions, shared, recorder, monkeypatch):
-    engine = Engine(endless_model(family, 0), PAD, recorder=recorder)
+    engine = Engine(Runner.of(endless_model(family, 0), PAD), recorder=recorder)
     steering = write("v", 1, direction(0), COEFFICIENTS, positions)
     tokens, shapes = sampled(engine, steering)
     assert sum(width for rows, width in shapes if rows == 1) == shared
@@ -69,7 +70,7 @@ def test_a_prompt_is_fed_once_up_to_the_first_written_column(family, positions, 
     ids=["other prompts", "one row", "lens"],
 )
 def test_each_row_is_fed_where_it_is_read_or_differs(prompts, asked):
-    engine = Engine(endless_model("llama"), PAD)
+    engine = Engine(Runner.of(endless_model("llama"), PAD))
     _, shapes = sampled(
         engine, write("v", 1, direction(0), COEFFICIENTS[: len(prompts)], "last"), prompts=prompts, **asked
     )
@@ -78,7 +79,7 @@ def test_each_row_is_fed_where_it_is_read_or_differs(prompts, asked):
 
 @pytest.mark.parametrize("recorder", [None, OperationRecorder()], ids=["grown", "fixed"])
 def test_a_run_that_is_stopped_while_the_shared_prompt_is_fed_samples_nothing(recorder):
-    engine = Engine(endless_model("llama"), PAD, recorder=recorder)
+    engine = Engine(Runner.of(endless_model("llama"), PAD), recorder=recorder)
     control = Control()
     control.cancel()
     events = []

@@ -13,6 +13,7 @@ from nblens import UserError
 from nblens.engine import extracting
 from nblens.engine.control import Control
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.files import read_safetensors, write_safetensors
 from nblens.model.generation import Batch
 from nblens.specs import EXTRACTION_METHODS, ExtractionFinished, ExtractionSpec, Progress
@@ -49,7 +50,7 @@ def extracted(engine, positive, negative, control=None, read="last", **spec):
 
 def states_by_hand(family, text, read, site, model=None):
     """(n_blocks, d_model) from one unpadded forward pass over one text."""
-    model = model or engine_of(family).model
+    model = model or engine_of(family).runner.model
     hidden = plain_pass(model, family, text, len(text)).sites[site]
     if read == "mean":
         return hidden.mean(1).double()
@@ -124,7 +125,7 @@ def test_what_stands_at_padding_need_not_be_a_number(read):
 def fed_widths(engine, work):
     """(rows, columns) of every forward pass."""
     seen = []
-    handle = engine.model.model.register_forward_pre_hook(
+    handle = engine.runner.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     work()
@@ -176,7 +177,7 @@ def test_every_text_goes_through_the_model_once():
     def count(module, args, kwargs):
         seen.append(kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :].sum().item())
 
-    handle = engine.model.model.register_forward_pre_hook(count, with_kwargs=True)
+    handle = engine.runner.model.model.register_forward_pre_hook(count, with_kwargs=True)
     positive, negative = pairs_of()
     extracted(engine, positive, negative, batch_size=3)
     handle.remove()
@@ -185,7 +186,7 @@ def test_every_text_goes_through_the_model_once():
 
 
 def test_extraction_leaves_no_hook_behind():
-    model = engine_of("llama").model
+    model = engine_of("llama").runner.model
     before = hook_count(model)
     extracted(engine_of("llama"), *pairs_of())
     assert hook_count(model) == before
@@ -201,7 +202,7 @@ def test_a_cancelled_extraction_says_so_and_stops_the_model():
         steps.append(1)
         control.cancel()
 
-    handle = engine.model.model.register_forward_pre_hook(stop)
+    handle = engine.runner.model.model.register_forward_pre_hook(stop)
     event = extracted(engine, *pairs_of(), control, batch_size=1)
     handle.remove()
     assert event.cancelled
@@ -300,14 +301,14 @@ def test_a_planted_direction_is_recovered_at_every_block(site):
     model, planted = planted_model()
     contexts = [tuple(prompt_ids(n, seed=n)) for n in (2, 5, 9)]
     positive, negative = ([(*context, token) for context in contexts] for token in (20, 10))
-    event = extracted(Engine(model, PAD), tuple(positive), tuple(negative), site=site)
+    event = extracted(Engine(Runner.of(model, PAD)), tuple(positive), tuple(negative), site=site)
     np.testing.assert_allclose(event.directions, np.tile(planted.numpy(), (N_BLOCKS, 1)), atol=1e-5)
 
 
 def test_a_planted_direction_is_diluted_by_the_length_when_the_mean_is_read():
     model, planted = planted_model()
     positive, negative = ((tuple([*prompt_ids(3, seed=1), token]),) for token in (20, 10))
-    event = extracted(Engine(model, PAD), positive, negative, read="mean")
+    event = extracted(Engine(Runner.of(model, PAD)), positive, negative, read="mean")
     np.testing.assert_allclose(event.directions[1], planted.numpy() / 4, atol=1e-5)
 
 
@@ -318,7 +319,7 @@ TEXTS = [tuple(f"{text} {side[i % 3]}" for side in ENDS) for i, text in enumerat
 
 @pytest.fixture
 def session():
-    session = nblens.attach(engine_of("llama").model, tiny_tokenizer())
+    session = nblens.attach(engine_of("llama").runner.model, tiny_tokenizer())
     yield session
     session.unload()
 

@@ -21,6 +21,7 @@ from tiny_models import prompt_ids
 
 from nblens import Steer, UserError
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.model.generation import Batch
 from nblens.specs import STEER_OPS, SteeringWrite, TokensSampled
 from nblens.steering.bank import SteeringBank
@@ -39,7 +40,7 @@ def assert_run_is_plain(family, run, writes, prompts=PROMPTS):
     """`writes(row)` gives what the reference does to a row."""
     for row, prompt in enumerate(prompts):
         ids = [*prompt, *run.sampled[row]][: len(prompt) + max(0, len(run.sampled[row]) - 1)]
-        plain = plain_pass(engine_of(family).model, family, ids, len(prompt), writes(row))
+        plain = plain_pass(engine_of(family).runner.model, family, ids, len(prompt), writes(row))
         assert_equals_plain(run, row, plain)
 
 
@@ -167,7 +168,7 @@ def test_a_coefficient_changed_in_mid_generation_reaches_an_operation(op):
 
 @operations
 def test_products_are_in_float32_and_the_result_has_the_models_dtype(op):
-    engine = Engine(endless_model("llama", dtype=torch.bfloat16), pad_id=PAD)
+    engine = Engine(Runner.of(endless_model("llama", dtype=torch.bfloat16), pad_id=PAD))
     bare = run_engine(engine, PROMPTS)
     run = run_engine(engine, PROMPTS, write("v", BLOCK, V, COEFFICIENTS, op=op))
     for row in range(3):

@@ -22,6 +22,7 @@ from steered_runs import (
 from tiny_models import prompt_ids
 
 from nblens.engine.engine import Engine
+from nblens.engine.runner import Runner
 from nblens.specs import ActivationSlice, SteeringWrite, TokensSampled
 
 families = pytest.mark.parametrize("family", STEERED_FAMILIES)
@@ -34,7 +35,7 @@ POSITIONS = ("all", "prompt", "generated", "last")
 
 def plain(family, run, row, writes, prompts=PROMPTS):
     fed = [*prompts[row], *run.sampled[row][:-1]]
-    return plain_pass(engine_of(family).model, family, fed, len(prompts[row]), writes)
+    return plain_pass(engine_of(family).runner.model, family, fed, len(prompts[row]), writes)
 
 
 def assert_run_is_plain(family, run, writes_of_row, prompts=PROMPTS):
@@ -127,9 +128,9 @@ def test_a_coefficient_of_zero_is_no_steering_to_the_bit(family, new_tokens, chu
 
 
 def test_a_coefficient_of_zero_gives_the_same_logits_in_bfloat16():
-    engine = Engine(endless_model("llama", dtype=torch.bfloat16), pad_id=2)
+    engine = Engine(Runner.of(endless_model("llama", dtype=torch.bfloat16), pad_id=2))
     logits = []
-    handle = engine.model.register_forward_hook(lambda m, a, out: logits.append(out.logits.clone()))
+    handle = engine.runner.model.register_forward_hook(lambda m, a, out: logits.append(out.logits.clone()))
     bare = run_engine(engine, PROMPTS, new_tokens=4)
     n_bare = len(logits)
     steered = run_engine(engine, PROMPTS, write("v", 1, V, (0, 0, 0)), new_tokens=4)
@@ -315,7 +316,7 @@ def test_changing_coefficients_registers_no_hook():
 
 def test_steering_adds_in_the_models_own_dtype():
     """float32 λ·v is rounded once, then added: bfloat16 in, bfloat16 out."""
-    engine = Engine(endless_model("llama", dtype=torch.bfloat16), pad_id=2)
+    engine = Engine(Runner.of(endless_model("llama", dtype=torch.bfloat16), pad_id=2))
     bare = run_engine(engine, PROMPTS)
     run = run_engine(engine, PROMPTS, write("v", BLOCK, V, (0.3, 0.3, 0.3)))
     patch = torch.from_numpy(np.float32(0.3) * V).bfloat16()
@@ -328,7 +329,7 @@ def test_steering_adds_in_the_models_own_dtype():
 def test_steered_runs_count_one_forward_pass_per_chunk_and_per_token():
     engine = engine_of("llama")
     widths = []
-    handle = engine.model.model.register_forward_pre_hook(
+    handle = engine.runner.model.model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     run = run_engine(engine, PROMPTS, write("v", BLOCK, V, COEFFICIENTS), new_tokens=4, chunk=12)

@@ -52,7 +52,7 @@ def two_ranks(folder):
     class Exhaustible(Rank):
         def exhaust(self, on):
             if on:
-                self.handle = exhaust(self._engine.model)
+                self.handle = exhaust(self._engine.runner.model)
             else:
                 self.handle.remove()
 
