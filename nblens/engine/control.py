@@ -28,7 +28,7 @@ class LoopControl(Protocol):
         """See `Control.agree`."""
 
     def take_coefficients(self) -> Coefficients:
-        """What changed since the last step."""
+        """Give what changed since the last step."""
 
     @property
     def cancelled(self) -> bool:

@@ -80,7 +80,7 @@ class CudaGraphRecorder:
 
 
 def find_recorder(model: PreTrainedModel) -> Recorder | None:
-    """What records steps of a model; None where it is not whole on one CUDA device."""
+    """Find what records steps of a model; None where it is not whole on one CUDA device."""
     tensors = list(chain(model.parameters(), model.buffers()))
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1 or any(hasattr(tensor, "to_local") for tensor in tensors):
@@ -90,7 +90,7 @@ def find_recorder(model: PreTrainedModel) -> Recorder | None:
 
 
 def decodes_statically(model: PreTrainedModel, batching: Batching) -> bool:
-    """Whether one and the same step fits every token of this model.
+    """Tell whether one and the same step fits every token of this model.
 
     Layers with a sliding window take other branches when it is full; state-space layers have states of their own.
     """
@@ -238,7 +238,7 @@ class Workspaces:
     def take(
         self, spec: RunSpec, batch: Batch, places: Mapping[str, tuple[int, ...]], width: int, window: int
     ) -> Workspace:
-        """What a run works in: the one that is kept, where its recorded step fits this run, too.
+        """Give what a run works in: the one that is kept, where its recorded step fits this run, too.
 
         Parameters
         ----------
@@ -286,5 +286,5 @@ class Workspaces:
         return Workspace(SteeringBank(spec.steering, batch.rows, architecture.dtype), buffer, decoder)
 
     def _is_hooked(self) -> bool:
-        """Whether the user has hooks on the model: a recording would run them once instead of at every token."""
+        """Tell whether the user has hooks on the model: a recording would run them once instead of at every token."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self._runner.model.modules())

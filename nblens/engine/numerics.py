@@ -70,7 +70,7 @@ class _Search:
         self._found: tuple[str, int, int, int] | None = None
 
     def captures(self) -> Captures:
-        """What looks at what enters the first block, at what each block's parts add, and at what leaves it."""
+        """Look at what enters the first block, at what each block's parts add, and at what leaves it."""
         wanted = [("resid_pre", 0)]
         for block in range(self._runner.architecture.n_blocks):
             wanted += [(part, block) for part in _PARTS] + [("resid_post", block)]
@@ -82,7 +82,7 @@ class _Search:
         return looks
 
     def answer(self) -> str:
-        """What was found, in words."""
+        """Say in words what was found."""
         architecture = self._runner.architecture
         if self._found is None:
             broken = _broken_weight(architecture.lm_head)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nblens.engine.control import Coefficients, Control
+from nblens.engine.control import Coefficient, Coefficients, Control
 from nblens.errors import WorkerError
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ class AgreedControl(Control):
         self._stopped, self.version = bool(cancel), -behind
         return bool(read)
 
-    def take_coefficients(self) -> dict[str, float | Sequence[float | None] | None]:
-        """What all ranks have got by now, and was not taken yet; the latest value of a name wins."""
-        taken: dict[str, float | Sequence[float | None] | None] = {}
+    def take_coefficients(self) -> dict[str, Coefficient]:
+        """Take what all ranks have got by now, and was not taken yet; the latest value of a name wins."""
+        taken: dict[str, Coefficient] = {}
         with self._lock:
             for version, coefficients in self._waiting:
                 if version <= self.version:

@@ -33,7 +33,7 @@ class RowGroups:
         self._timings: dict[str, float] = defaultdict(float)
 
     def start(self, rows: Sequence[int]) -> tuple[RunSpec, Emit, RowControl]:
-        """What the run over these rows is asked, where its events go, and what reaches it from outside."""
+        """Give what the run over these rows is asked, where its events go, and what reaches it from outside."""
         return _part(self._spec, rows), lambda event: self._pass_on(event, rows), RowControl(self, rows)
 
     def finish(self) -> None:
@@ -41,7 +41,7 @@ class RowGroups:
         self._emit(RunFinished(self.cancelled, dict(self._timings)))
 
     def take_coefficients(self, rows: Sequence[int], *, first: bool) -> dict[str, Coefficient]:
-        """What was changed since the last step; for a run's first step, since the request began."""
+        """Give what was changed since the last step; for a run's first step, since the request began."""
         new = self._control.take_coefficients()
         self._coefficients |= new
         return {name: _of_rows(value, rows) for name, value in (self._coefficients if first else new).items()}
@@ -84,7 +84,7 @@ class RowControl:
         return self._groups.agree(due=due, sampled=sampled)
 
     def take_coefficients(self) -> dict[str, Coefficient]:
-        """What the run's next step shall change."""
+        """Give what the run's next step shall change."""
         taken = self._groups.take_coefficients(self._rows, first=self._first)
         self._first = False
         return taken

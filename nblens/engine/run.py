@@ -124,7 +124,7 @@ class Runs:
         return fitting
 
     def _readers(self, spec: RunSpec) -> list[Reader]:
-        """What reads captured activations; the lens last, for it overwrites them."""
+        """Make what reads captured activations; the lens last, for it overwrites them."""
         runner = self._runner
         readers: list[Reader] = []
         if spec.attribution:
@@ -308,7 +308,7 @@ class Run(Observer):
             self._lane.start(read)
 
     def _of_places(self, captured: dict[str, torch.Tensor], places: Places) -> dict[str, torch.Tensor]:
-        """What one reader asked for: views, but for a site of which others want further blocks."""
+        """Pick what one reader asked for: views, but for a site of which others want further blocks."""
         chosen = {}
         for site, blocks in places.items():
             kept = self._places[site]

@@ -62,7 +62,7 @@ def _ways(model: PreTrainedModel) -> Iterator[Batching]:
 
 
 def _carries_state(model: PreTrainedModel) -> bool:
-    """Whether layers fold all tokens into a state, padding too; a few tokens of it might leave too small a trace."""
+    """Tell whether layers fold all tokens into a state, padding too; a few tokens of it might leave too small a trace."""
     cache = new_cache(model)
     if model._is_stateful or cache is None or cache_name(model) != "past_key_values":
         return True
@@ -70,7 +70,7 @@ def _carries_state(model: PreTrainedModel) -> bool:
 
 
 def _has_own_cache(model: PreTrainedModel) -> bool:
-    """Whether layers have a cache of the model's own making, which may tell a prompt's first step from the others."""
+    """Tell whether layers have a cache of the model's own making, which may tell a prompt's first step from the others."""
     layers = getattr(new_cache(model), "layers", ())
     return any(not type(layer).__module__.startswith("transformers.cache_utils") for layer in layers)
 
@@ -78,7 +78,7 @@ def _has_own_cache(model: PreTrainedModel) -> bool:
 def _mismatch(
     model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
 ) -> str:
-    """What is wrong with a way of feeding; empty when it gives the logits of the plain pass."""
+    """Say what is wrong with a way of feeding; empty when it gives the logits of the plain pass."""
     first, second = probe_ids(model)[:, :_PROMPT].tolist()
     prompts = {"padded": [first, second[:-_STEP]], "equal": [first, second], "alone": [first]}[way.rows]
     batch = Batch.of(prompts, pad_id, input_device(model))
@@ -104,7 +104,7 @@ def _mismatch(
 
 
 def _explain(model: PreTrainedModel, plain: torch.Tensor, failure: str) -> str:
-    """Why no way of feeding gave the logits of the plain pass: something about the model, else the last failure."""
+    """Say why no way of feeding gave the logits of the plain pass: something about the model, else the last failure."""
     if _relative_error(probe_logits(model), plain) > _allowed(plain.dtype):
         return "gives other logits each time it runs"
     shorter = model(input_ids=probe_ids(model)[:, :_PROMPT].to(input_device(model)), use_cache=False).logits
@@ -121,5 +121,5 @@ def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _allowed(dtype: torch.dtype) -> float:
-    """What rounding in other orders explains; in half precision it also sends a token to other experts at times."""
+    """Give the error that rounding in other orders explains; in half precision it also sends a token to other experts at times."""
     return 2**-3 if dtype in (torch.bfloat16, torch.float16) else 2e-4
