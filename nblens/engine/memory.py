@@ -104,7 +104,7 @@ def _as_text(error: BaseException | None) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether it is CUDA's error, numpy's, or one of the two that the CPU allocator raises as plain `RuntimeError`."""
+    """Tell whether it is CUDA's or numpy's error, or one of two plain `RuntimeError`s of the CPU allocator."""
     cpu = ("not enough memory", "can't allocate memory")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in cpu)
 

@@ -62,7 +62,7 @@ def _ways(model: PreTrainedModel) -> Iterator[Batching]:
 
 
 def _carries_state(model: PreTrainedModel) -> bool:
-    """Tell whether layers fold all tokens into a state, padding too; a few tokens of it might leave too small a trace."""
+    """Tell whether layers fold all tokens into a state, padding too, of which a few might leave too small a trace."""
     cache = new_cache(model)
     if model._is_stateful or cache is None or cache_name(model) != "past_key_values":
         return True
@@ -70,7 +70,7 @@ def _carries_state(model: PreTrainedModel) -> bool:
 
 
 def _has_own_cache(model: PreTrainedModel) -> bool:
-    """Tell whether layers have a cache of the model's own making, which may tell a prompt's first step from the others."""
+    """Tell whether layers have a cache of their own making, which may tell a prompt's first step from the others."""
     layers = getattr(new_cache(model), "layers", ())
     return any(not type(layer).__module__.startswith("transformers.cache_utils") for layer in layers)
 
@@ -121,5 +121,5 @@ def _relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _allowed(dtype: torch.dtype) -> float:
-    """Give the error that rounding in other orders explains; in half precision it also sends a token to other experts at times."""
+    """Give what rounding in other orders explains; in half precision it may also send a token to other experts."""
     return 2**-3 if dtype in (torch.bfloat16, torch.float16) else 2e-4
