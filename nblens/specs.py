@@ -156,7 +156,9 @@ def check_write(write: Any) -> str:
 
 def write_range(write: str) -> tuple[int, int | None]:
     """First position and end (None: open) of a range in text, both counted from 0."""
-    first, dash, last = _RANGE.fullmatch(write).groups()
+    match = _RANGE.fullmatch(write)
+    assert match is not None, write
+    first, dash, last = match.groups()
     if dash is None:
         return int(first), int(first) + 1
     return int(first), int(last) + 1 if last else None

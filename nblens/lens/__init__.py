@@ -1,1 +1,1 @@
-"""Reading a run: trajectories, and (later) translators in front of the readout."""
+"""Reading a run: trajectories, and translators in front of the readout."""

@@ -109,7 +109,7 @@ class SteeringBank:
 
 
 class _Gate:
-    """Whether an edit acts on each row of a step of one column: bool (rows, 1, 1) at one address."""
+    """Tells whether an edit acts on each row of a step of one column: bool (rows, 1, 1) at one address."""
 
     def __init__(self, rows: int) -> None:
         self._open = [False] * rows
@@ -204,7 +204,7 @@ class _Operation:
 
 
 def layout_of(writes: Iterable[SteeringWrite]) -> tuple[Any, ...]:
-    """What a bank of these does where, in order, apart from vectors and coefficients."""
+    """Describe what a bank of these does where, in order, apart from vectors and coefficients."""
     places = _by_place(writes).items()
     return tuple((place, tuple((group[0].write, group[0].op) for group in groups)) for place, groups in places)
 

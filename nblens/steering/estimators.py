@@ -26,7 +26,7 @@ SKETCH_ROWS = 256
 """Most rows per block that stand for the differences of all pairs."""
 
 KEPT_ROWS = 128
-"""What is left of a full sketch."""
+"""Rows that are left of a full sketch."""
 
 SAMPLED_PAIRS = 512
 """Most pairs that a logistic regression is fitted to."""
@@ -93,7 +93,8 @@ class Estimator:
         UserError
             Too few pairs for the method.
         """
-        return self._found(slice(0, 1))[0]
+        (real,) = self._found(slice(0, 1))
+        return np.asarray(real)
 
     def shuffled(self) -> np.ndarray:
         """Directions of the pairs with swapped sides, float32 (n_shuffles, n_blocks, d_model)."""
@@ -297,4 +298,6 @@ def _logistic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.logaddexp(0, -margins).mean() + PENALTY / 2 * weights @ weights, gradient
 
     options = {"maxiter": 1000, "gtol": 1e-9, "ftol": 0}
-    return minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options=options).x[:-1]
+    found = minimize(loss, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options=options)
+    weights: np.ndarray = found.x[:-1]
+    return weights

@@ -1,4 +1,4 @@
-"""What an extraction reads of each text, and how its directions are judged."""
+"""Reading each text of an extraction, and judging the directions that come of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Read = str | int | slice | tuple[int, int]
-"""Where a text is read: "last", "label", "mean", an index, or a span."""
+"""Read position in a text: "last", "label", "mean", an index, or a span."""
 
 READ_POSITIONS = ("last", "label", "mean")
 
@@ -144,7 +144,8 @@ class SpanReader:
         for row, (start, stop) in enumerate(spans):
             first = batch.width - batch.lengths[row]
             self._weights[row, first + start : first + stop] = 1 / (stop - start)
-        self._sums: list[torch.Tensor | None] = [None] * n_blocks
+        self._n_blocks = n_blocks
+        self._sums: dict[int, torch.Tensor] = {}
         self._columns = slice(0)
         self._placed: dict[torch.device, torch.Tensor] = {}
         self._gaps = False
@@ -178,14 +179,14 @@ class SpanReader:
                     # what stands outside of the span, padding above all, need not be a number
                     hidden = hidden.masked_fill((weights == 0)[:, :, None], 0.0)
                 read = torch.bmm(weights[:, None], hidden)[:, 0]
-            before = self._sums[index]
+            before = self._sums.get(index)
             self._sums[index] = read if before is None else before + read
 
         return write
 
     def states(self) -> torch.Tensor:
         """float32 (n_blocks, rows, d_model) on the CPU."""
-        return torch.stack([total.cpu() for total in self._sums])
+        return torch.stack([self._sums[index].cpu() for index in range(self._n_blocks)])
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def data_hash(spec: ExtractionSpec) -> str:
 
 
 def shuffle_signs(n_pairs: int, n_shuffles: int, seed: int) -> np.ndarray:
-    """Which pairs a shuffling swaps, each with probability 1/2: int8 (n_shuffles, n_pairs), −1 for swapped, else 1."""
+    """Draw the pairs that a shuffling swaps, each with probability 1/2: int8 (n_shuffles, n_pairs), −1 there."""
     return np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.int8), (n_shuffles, n_pairs))
 
 

@@ -46,7 +46,7 @@ _MOST_VALUES = 20_000
 
 @dataclass(frozen=True)
 class ControlVector:
-    """What a control vector's file says."""
+    """Content of a control vector's file."""
 
     directions: Mapping[int, np.ndarray]
     """block → float32 (d_model,)"""
@@ -89,7 +89,7 @@ def read_control_vector(path: str | os.PathLike[str]) -> ControlVector:
     with plain_file("read", path):
         try:
             with np.errstate(over="raise"):
-                return _read(_bounded(gguf)(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
+                return _read(_bounded()(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # gguf passes on whatever a damaged file makes it stumble over
@@ -103,7 +103,7 @@ def model_family(model: str) -> str:
     from transformers import PreTrainedConfig
 
     with suppress(OSError, ValueError, KeyError):
-        return PreTrainedConfig.get_config_dict(model, local_files_only=True)[0]["model_type"]
+        return str(PreTrainedConfig.get_config_dict(model, local_files_only=True)[0]["model_type"])
     return model
 
 
@@ -152,10 +152,11 @@ def _digest(directions: Mapping[int, np.ndarray], fields: str) -> str:
     return content.hexdigest()
 
 
-def _bounded(gguf: Any) -> type:
-    """A reader that refuses what the library's own takes: any declared size, and reading on past the end."""
+def _bounded() -> type:
+    """Make a reader that refuses what the library's own takes: any declared size, and reading on past the end."""
+    from gguf import GGUFReader
 
-    class Reader(gguf.GGUFReader):
+    class Reader(GGUFReader):
         n_values = 0
 
         def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:

@@ -56,7 +56,7 @@ class LiveSteering:
 
     @property
     def setting(self) -> dict[str, Steer]:
-        """What steers now, by name; vectors that were deleted are gone from it."""
+        """The present setting by name; vectors that were deleted are gone from it."""
         return {name: steer for name, steer in self._setting.items() if name in self._vectors}
 
     def off(self) -> None:

@@ -1,4 +1,4 @@
-"""What a steering vector can do to an activation: add, project out, clamp, turn.
+"""Operations of a steering vector on an activation: add, project out, clamp, turn.
 
 With h an activation, v the vector, u = v / ‖v‖ and λ the coefficient, each row of a batch has its own λ. The
 component of h along v is h·u. Products are computed in float32 whatever the model's dtype.
@@ -24,8 +24,8 @@ class Direction:
 
     def __init__(self, vector: torch.Tensor) -> None:
         self.vector = vector
-        self.norm = vector.norm()
-        self.unit = vector / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
+        self.norm: torch.Tensor = vector.norm()
+        self.unit: torch.Tensor = vector / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
 
     def fill(self, vector: torch.Tensor) -> None:
         """Stand for another vector of the same length, in the same tensors."""
@@ -58,8 +58,9 @@ def _clamp(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor
 
 def _rotate(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
     turned = hidden + coefficient * direction.vector
-    length = turned.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return turned * (hidden.norm(dim=-1, keepdim=True) / length)
+    before: torch.Tensor = hidden.norm(dim=-1, keepdim=True)
+    after: torch.Tensor = turned.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return turned * (before / after)
 
 
 OPERATIONS: dict[str, Callable[[torch.Tensor, Direction, torch.Tensor], torch.Tensor]] = {

@@ -1,4 +1,4 @@
-"""Where a vector is written: kinds of token positions, and the columns of a step at which they lie."""
+"""Write positions of a vector: kinds of token positions, and the columns of a step at which they lie."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["first_written", "written_columns"]
 
 
 def written_columns(write: str, columns: range, batch: Batch) -> bool | torch.Tensor:
-    """Which columns of a step are written: all (True), none (False), or bool (rows, width, 1).
+    """Find the columns of a step that are written: all (True), none (False), or bool (rows, width, 1).
 
     Positions are absolute in their row, whatever lies before it as padding, in the KV cache or in other chunks.
     """
@@ -28,14 +28,14 @@ def written_columns(write: str, columns: range, batch: Batch) -> bool | torch.Te
 
 
 def first_written(write: str, batch: Batch) -> int:
-    """The first column that any row writes; the batch's width where there is none."""
+    """Return the first column that any row writes; the batch's width where there is none."""
     position = torch.arange(batch.width) - batch.first_columns[:, None]
     written = _chosen(write, position, batch).any(0).nonzero()
     return int(written[0]) if len(written) else batch.width
 
 
 def _chosen(write: str, position: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Whether positions (rows, width) are written."""
+    """Tell which positions (rows, width) are written."""
     lengths = batch.prompt_lengths[:, None]
     if write == "all":
         return torch.ones_like(position, dtype=torch.bool)

@@ -182,7 +182,7 @@ def _pair(place: str, row: Any) -> Pair:
 
 
 def _is_two(row: Any) -> bool:
-    """Whether it is two texts, each as text or token ids."""
+    """Tell whether it is two texts, each as text or token ids."""
     if isinstance(row, (str, bytes)) or not hasattr(row, "__len__") or len(row) != 2:
         return False
     return isinstance(row, Iterable) and all(isinstance(text, str) or hasattr(text, "__len__") for text in row)

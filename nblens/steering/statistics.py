@@ -68,7 +68,8 @@ class DoseResponse:
     def slopes(self) -> np.ndarray:
         """Least-squares slope of each sample's propensity over λ, nats per unit of λ, (n_samples,)."""
         centred = self.coefficients - self.coefficients.mean()
-        return _deviations(self.values) @ centred / (centred @ centred)
+        slopes: np.ndarray = _deviations(self.values) @ centred / (centred @ centred)
+        return slopes
 
     @property
     def mean_slope(self) -> float:
@@ -111,7 +112,8 @@ class DoseResponse:
     @property
     def mean_curve(self) -> np.ndarray:
         """Mean propensity over samples, nats, (n_coefficients,)."""
-        return self.values.mean(axis=0)
+        curve: np.ndarray = self.values.mean(axis=0)
+        return curve
 
     def mean_curve_ci(
         self, level: float = 0.95, *, n_resamples: int = 9999, seed: int = 0
@@ -168,7 +170,7 @@ class CoefficientRange(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SideEffects:
-    """What steering does to text that it should leave alone, for each coefficient.
+    """Side effects of steering on text that it should leave alone, for each coefficient.
 
     >>> effects = SideEffects([-1, 0, 1], kl_mean=[0.5, 0, 0.2], kl_p95=[1.5, 0, 0.9])
     >>> effects.largest_coefficients(0.25)
@@ -248,7 +250,7 @@ def percentile_among(slope: float, slopes: np.ndarray) -> float:
 
 
 def near_zero(slopes: np.ndarray) -> bool | None:
-    """Whether the mean is within two standard errors of 0; None for fewer than two slopes."""
+    """Tell whether the mean is within two standard errors of 0; None for fewer than two slopes."""
     if len(slopes) < 2:
         return None
     return bool(abs(np.mean(slopes)) <= 2 * stats.sem(slopes))
@@ -274,7 +276,8 @@ def _freeze(obj: Any, **arrays: np.ndarray) -> None:
 def _deviations(rows: np.ndarray) -> np.ndarray:
     """Each row without its mean, exactly 0 where the row is constant, as the mean of equal numbers need not be one."""
     shifted = rows - rows[:, :1]
-    return shifted - shifted.mean(axis=1, keepdims=True)
+    deviations: np.ndarray = shifted - shifted.mean(axis=1, keepdims=True)
+    return deviations
 
 
 def _correlations(rows: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -283,7 +286,8 @@ def _correlations(rows: np.ndarray, x: np.ndarray) -> np.ndarray:
     largest = np.abs(deviations).max(axis=1, keepdims=True)
     unit = deviations / np.where(largest > 0, largest, 1)  # or the square of a small number would be 0
     size = np.sqrt((unit**2).sum(axis=1) * (centred @ centred))
-    return np.clip(unit @ centred / np.where(size > 0, size, 1), -1, 1)
+    correlations: np.ndarray = np.clip(unit @ centred / np.where(size > 0, size, 1), -1, 1)
+    return correlations
 
 
 def _bootstrap_mean(samples: np.ndarray, level: float, n_resamples: int, seed: int) -> np.ndarray:
@@ -311,7 +315,7 @@ def _bootstrap_mean(samples: np.ndarray, level: float, n_resamples: int, seed: i
 
 
 def _crossing(coefficients: np.ndarray, kl: np.ndarray, budget: float) -> tuple[float, bool]:
-    """Where a curve over λ ≥ 0 first leaves the budget; the last λ, and True, where it never does."""
+    """Find where a curve over λ ≥ 0 first leaves the budget; the last λ, and True, where it never does."""
     beyond = coefficients > 0
     before, below = 0.0, float(kl[coefficients == 0].max(initial=0.0))
     if below > budget:
