@@ -11,6 +11,7 @@ from hostile import ANY_TEXT, FOREIGN, RUN, Bomb, bounded, damaged, value_or_lin
 from hypothesis import given
 from hypothesis import strategies as st
 from lenses import make_lens
+from reports import made_up_report
 from safetensors import safe_open
 from steered_runs import direction
 from tiny_models import N_BLOCKS
@@ -18,6 +19,7 @@ from trajectories import made_up
 
 from nblens import FileFormatError, Lens, SteeringVector, Trajectory, UserError
 from nblens.files import read_safetensors, write_safetensors
+from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_pairs
 
 
@@ -31,6 +33,8 @@ KINDS = {
     "control vector": ("v.gguf", lambda path: made_vector().save(path), SteeringVector.load),
     "trajectory": ("t.safetensors", lambda path: made_up(2, 3, k=2).save(path), Trajectory.load),
     "lens": ("l.safetensors", lambda path: make_lens(d_model=4).save(path), Lens.load),
+    "report": ("r.safetensors", lambda path: made_up_report().save(path), SteerabilityReport.load),
+    "report as JSON": ("r.json", lambda path: made_up_report().save(path), SteerabilityReport.load),
     "published lens": ("l.pt", lambda path: torch.save(published(), path), Lens.load),
     "activations": ("a.safetensors", lambda path: write_safetensors(path, {"a": np.ones(3)}, {}), read_safetensors),
     "pairs": ("p.jsonl", lambda path: path.write_text('{"positive": "a", "negative": "b"}\n' * 2), as_pairs),
@@ -99,7 +103,7 @@ ANY_JSON = st.recursive(
 )
 
 
-@pytest.mark.parametrize("kind", ["vector", "trajectory", "lens"])
+@pytest.mark.parametrize("kind", ["vector", "trajectory", "lens", "report"])
 def test_a_field_of_any_value_ends_in_something_usable_or_in_one_line(sound, kind, tmp_path):
     name, _, load = KINDS[kind]
     path = tmp_path / name
@@ -251,6 +255,7 @@ SAVES = {
     "vector": lambda path: made_vector().save(path),
     "lens": lambda path: make_lens().save(path),
     "trajectory": lambda path: made_up(2, 3).save(path),
+    "report": lambda path: made_up_report().save(path),
     "json": lambda path: made_up(2, 3).to_json(path),
     "page": lambda path: made_up(2, 3).to_html(path),
     "control vector": lambda path: made_vector().to_gguf(path),

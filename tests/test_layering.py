@@ -13,11 +13,12 @@ PACKAGE = Path(nblens.__file__).parent
 
 # room → the rooms it may import. A room is a module or folder directly under nblens/; a new one is added here and in
 # CONTRIBUTING.md. `nblens` is the package's own __init__.py, which only offers names and is imported by nobody inside.
-GROUND = {"errors", "files", "layers", "specs"}
+GROUND = {"errors", "files", "records", "layers", "specs"}
 COMPUTE = GROUND | {"model", "readout", "lens", "steering", "engine", "backends"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
+    "records": {"errors", "files"},
     "layers": {"errors"},
     "specs": {"errors", "layers"},
     "text": {"errors"},

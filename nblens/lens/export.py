@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_frame", "as_json"]
 
-_FORMAT = "nblens.lens"
+_FORMAT = "nblens.trajectory_json"
 _VERSION = 1
 # What a block adds up, under the names that people know; any other site keeps its own.
 _COMPONENTS = {"resid_post": "block", "attn_out": "attn", "mlp_out": "mlp"}

@@ -8,7 +8,6 @@ block nothing is left to translate.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,9 +16,11 @@ from typing import Any, Self
 
 import torch
 
-from nblens.errors import FileFormatError, UserError, escaped
-from nblens.files import read_safetensors, write_safetensors
+from nblens.errors import UserError, escaped
+from nblens.files import read_safetensors
 from nblens.layers import format_layers
+from nblens.lens.published import read_published
+from nblens.records import RecordFormat, sound_content
 from nblens.specs import LENS_KINDS, LensTensors
 
 __all__ = ["LENS_SITES", "LOGIT", "Lens", "depth_of"]
@@ -30,12 +31,11 @@ LOGIT = "logit"
 LENS_SITES = {"resid_pre": 0, "resid_post": 1}
 """Sites that are the residual stream between blocks → how many blocks it has passed beyond the block's index."""
 
-_FORMAT = "nblens.lens"
-_VERSION = 1
+_FORMAT = RecordFormat("nblens.lens", 1, "a lens")
 
 
 def depth_of(site: str, block: int) -> int:
-    """How many blocks the residual stream has passed at a site of `LENS_SITES`."""
+    """Count the blocks that the residual stream has passed at a site of `LENS_SITES`."""
     return block + LENS_SITES[site]
 
 
@@ -115,7 +115,7 @@ class Lens:
         return len(next(iter(self.weights.values())))
 
     def translate(self, hidden: torch.Tensor, depth: int) -> torch.Tensor:
-        """What the final norm shall read in place of `hidden`, (…, d_model), in the dtype of `hidden`.
+        """Make what the final norm shall read in place of `hidden`, (…, d_model), in the dtype of `hidden`.
 
         Computed in float32 at least, whatever the model's dtype, and rounded once.
         """
@@ -129,7 +129,7 @@ class Lens:
         return translated.to(hidden.dtype)
 
     def to(self, device: torch.device | str) -> Lens:
-        """The same lens with its tensors on a device."""
+        """Return the same lens with its tensors on a device."""
         return replace(
             self,
             weights={depth: w.to(device) for depth, w in self.weights.items()},
@@ -137,7 +137,7 @@ class Lens:
         )
 
     def tensors(self) -> LensTensors:
-        """What a run needs of it, in the form that crosses a process."""
+        """Return what a run needs of it, in the form that crosses a process."""
         return LensTensors(self.name, self.kind, self.weights, self.biases)
 
     @classmethod
@@ -171,8 +171,7 @@ class Lens:
         kept = (torch.float16, torch.float32)  # numpy knows no bfloat16
         arrays = {key: (t if t.dtype in kept else t.float()).cpu().contiguous().numpy() for key, t in named.items()}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("weights", "biases")}
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "fields": json.dumps(plain)}
-        return write_safetensors(path, arrays, metadata)
+        return _FORMAT.save(path, plain, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str | None = None) -> Lens:
@@ -186,22 +185,14 @@ class Lens:
         FileFormatError
             The file is damaged, or is not a lens. Nothing in it is ever run.
         """
-        from nblens.lens.published import read_published
-
         if os.path.isdir(path) or Path(path).suffix in (".pt", ".pth"):
-            return read_published(path, name)
+            return _published(path, name)
         arrays, metadata = read_safetensors(path)
         if "format" not in metadata and "J" in arrays:
-            return read_published(path, name)
-        if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
-            raise FileFormatError(
-                f"{path} is not a lens of version {_VERSION} "
-                f"(format {metadata.get('format', 'none')}, version {metadata.get('version', 'none')})"
-            )
-        try:
-            return _from_fields(arrays, json.loads(metadata["fields"]), name)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
+            return _published(path, name)
+        plain = _FORMAT.fields_of(metadata, path)
+        with sound_content(path):
+            return _from_fields(arrays, plain, name)
 
     def __repr__(self) -> str:
         origin = f" of {self.model}" if self.model else ""
@@ -214,10 +205,18 @@ class Lens:
         return escaped(f"Lens({self.name!r}, {self.kind}, {depths}{origin}{fitted}{gain})")
 
 
+def _published(path: str | os.PathLike[str], name: str | None) -> Lens:
+    parts = read_published(path, name)
+    with sound_content(path):
+        return Lens(**parts)
+
+
 def _from_fields(arrays: Mapping[str, Any], plain: dict[str, Any], name: str | None) -> Lens:
     tensors: dict[str, dict[int, torch.Tensor]] = {"weight": {}, "bias": {}}
     for key, array in arrays.items():
         part, depth = key.split(".")
+        if part not in tensors:
+            raise ValueError(f"a tensor is called {key!r}, not weight.0, bias.0, …")
         tensors[part][int(depth)] = torch.from_numpy(array)
     for kl in ("kl_before", "kl_after"):
         plain[kl] = {int(depth): float(nats) for depth, nats in plain[kl].items()}

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from nblens.errors import FileFormatError, UserError, first_line
+from nblens.errors import FileFormatError, first_line
 from nblens.files import plain_file, read_safetensors
-from nblens.lens.lens import Lens
+from nblens.records import sound_content
 
 __all__ = ["lens_file", "read_published"]
 
@@ -21,13 +21,13 @@ _CONFIG, _PARAMS, _JACOBIAN = "config.json", "params.pt", "lens.pt"
 
 
 def lens_file(path: str | os.PathLike[str]) -> str | None:
-    """The file that holds the tensors of a lens at `path`: itself, or one in a published folder; None: none."""
+    """Find the file with the tensors of a lens at `path`: itself, or one in a published folder; None: none."""
     candidates = (os.fspath(path), os.path.join(path, _PARAMS), os.path.join(path, _JACOBIAN))
     return next((file for file in candidates if os.path.isfile(file)), None)
 
 
-def read_published(path: str | os.PathLike[str], name: str | None = None) -> Lens:
-    """Read a published lens; see `Lens.load`.
+def read_published(path: str | os.PathLike[str], name: str | None = None) -> dict[str, Any]:
+    """Read the fields of a `Lens` from a published one; see `Lens.load`. Their tensors are not checked yet.
 
     Raises
     ------
@@ -40,20 +40,19 @@ def read_published(path: str | os.PathLike[str], name: str | None = None) -> Len
         raise FileFormatError(f"{path} is no lens: it holds neither {_PARAMS} (tuned-lens) nor {_JACOBIAN} (jlens)")
     content = _content(Path(file or path))
     config = _config(path / _CONFIG) if file == os.path.join(path, _PARAMS) else None
-    try:
-        if config is not None:
-            return _tuned(content, config, name or path.name)
-        return _jacobian(content, name or path.stem)
-    except KeyError as error:
-        raise FileFormatError(f"{path} is no lens, or damaged: it lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise FileFormatError(f"{path} is damaged: {error}") from error
+    with sound_content(path):
+        try:
+            if config is not None:
+                return {"name": name or path.name, **_tuned(content, config)}
+            return {"name": name or path.stem, **_jacobian(content)}
+        except KeyError as error:
+            raise FileFormatError(f"{path} is no lens, or damaged: it lacks {error}") from error
 
 
-def _tuned(parameters: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Lens:
+def _tuned(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Translator i of tuned-lens reads hidden state i, which enters block i, as h + Linear(h)."""
     n_blocks, d_model = int(config["num_hidden_layers"]), int(config["d_model"])
-    tensors: dict[str, dict[int, torch.Tensor]] = {"weight": {}, "bias": {}}
+    tensors: dict[str, dict[int, Any]] = {"weight": {}, "bias": {}}
     for key, tensor in parameters.items():
         match = re.fullmatch(r"(\d{1,6})\.(weight|bias)", key)
         if match is None:
@@ -61,11 +60,13 @@ def _tuned(parameters: Mapping[str, Any], config: Mapping[str, Any], name: str) 
         tensors[match[2]][int(match[1])] = tensor
     if sorted(tensors["weight"]) != list(range(n_blocks)):
         raise ValueError(f"{_CONFIG} says {n_blocks} translators, {_PARAMS} holds {sorted(tensors['weight'])}")
+    _check_width(tensors["weight"], d_model)
     model = str(config.get("base_model_name_or_path", ""))
-    return _of_width(Lens(name, "tuned", tensors["weight"], tensors["bias"], model=model, n_blocks=n_blocks), d_model)
+    parts = {"weights": tensors["weight"], "biases": tensors["bias"]}
+    return {"kind": "tuned", **parts, "model": model, "n_blocks": n_blocks}
 
 
-def _jacobian(content: Mapping[str, Any], name: str) -> Lens:
+def _jacobian(content: Mapping[str, Any]) -> dict[str, Any]:
     """Matrix l of jlens carries the output of block l: depth l + 1."""
     matrices = content["J"]
     layers = [int(layer) for layer in content["source_layers"]]
@@ -77,25 +78,21 @@ def _jacobian(content: Mapping[str, Any], name: str) -> Lens:
     if sorted(by_layer) != sorted(layers):
         raise ValueError(f"source_layers are {sorted(layers)}, J holds {sorted(by_layer)}")
     fit = {"n_texts": int(content["n_prompts"])} if "n_prompts" in content else {}
-    weights = {layer + 1: matrix for layer, matrix in by_layer.items()}
-    return _of_width(Lens(name, "jacobian", weights, fit=fit), int(content["d_model"]))
+    _check_width(by_layer, int(content["d_model"]))
+    return {"kind": "jacobian", "weights": {layer + 1: matrix for layer, matrix in by_layer.items()}, "fit": fit}
 
 
-def _of_width(lens: Lens, d_model: int) -> Lens:
-    if lens.d_model != d_model:
-        raise ValueError(f"it says d_model {d_model}, its matrices have {lens.d_model}")
-    return lens
+def _check_width(matrices: Mapping[int, Any], d_model: int) -> None:
+    sizes = {size for matrix in matrices.values() for size in getattr(matrix, "shape", ())}
+    if sizes and d_model not in sizes:
+        raise ValueError(f"it says d_model {d_model}, its matrices have {min(sizes)}")
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    try:
-        with plain_file("read", path):
-            config = json.loads(path.read_text(encoding="utf-8"))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is damaged: {error}") from error
-    return _mapping(config, path)
+    with plain_file("read", path):
+        content = path.read_bytes()
+    with sound_content(path):
+        return _mapping(json.loads(content.decode()), path)
 
 
 def _content(path: Path) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError, escaped
-from nblens.files import read_safetensors, replace_file, write_safetensors
+from nblens.errors import UserError, escaped
+from nblens.files import replace_file
 from nblens.layers import format_layers
 from nblens.lens.export import as_frame, as_json
 from nblens.lens.shown import Shown
+from nblens.records import RecordFormat, sound_content
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +32,7 @@ rank of the token that follows."""
 AGAINST = ("final", "next", "target")
 """Which top token counts as right: the last block's, the one that actually follows, or the first target."""
 
-_FORMAT = "nblens.trajectory"
-_VERSION = 1
+_FORMAT = RecordFormat("nblens.trajectory", 1, "a trajectory")
 _ROUNDING = 0.01  # nats that the logarithm of a probability of 1 may lie above 0, in any precision
 _PER_TOKEN = ("token_ids", "next_ids")
 _PER_CELL = ("entropy", "kl_to_final", "next_logprob", "next_rank")
@@ -213,8 +212,8 @@ class Trajectory(Shown):
 
         ::
 
-            {"format": "nblens.lens", "version": 1, "model": …, "lens": "logit", "layers": [0, 1], "prompt_length": 6,
-             "tokens": [
+            {"format": "nblens.trajectory_json", "version": 1, "model": …, "lens": "logit", "layers": [0, 1],
+             "prompt_length": 6, "tokens": [
               {"position": 0, "token": "The", "id": 14,
                "layers": {"0": {"block": [[" capital", 0.31], …]}, "1": {…}}},
               …
@@ -241,8 +240,7 @@ class Trajectory(Shown):
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _array_names()}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
         plain["vocabulary"] = {str(i): text for i, text in self.vocabulary.items()}
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "fields": json.dumps(plain)}
-        return write_safetensors(path, arrays, metadata)
+        return _FORMAT.save(path, plain, arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trajectory:
@@ -253,15 +251,8 @@ class Trajectory(Shown):
         FileFormatError
             The file is damaged, or is not a trajectory.
         """
-        arrays, metadata = read_safetensors(path)
-        if metadata.get("format") != _FORMAT:
-            raise FileFormatError(f"{path} is not a trajectory (format: {metadata.get('format', 'none')})")
-        if metadata.get("version") != str(_VERSION):
-            raise FileFormatError(
-                f"{path} has trajectory format version {metadata.get('version')}; this nblens reads {_VERSION}"
-            )
-        try:
-            plain: dict[str, Any] = json.loads(metadata["fields"])
+        plain, arrays = _FORMAT.load(path)
+        with sound_content(path):
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
             for name in ("top_logprobs", "next_logprob", "target_logprobs"):
@@ -269,8 +260,6 @@ class Trajectory(Shown):
                     raise ValueError(f"{name} holds a probability above 1")
             plain |= {name: arrays[name] for name in _array_names()}
             return cls(**plain)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise FileFormatError(f"{path} is damaged: {error!r}") from error
 
     def diff(self, other: Trajectory) -> TrajectoryDiff:
         """What changed from this trajectory to `other`, cell by cell, over their common tokens.

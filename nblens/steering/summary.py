@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nblens.layers import format_layers
+from nblens.steering.statistics import DoseResponse
+from nblens.steering.steerability import Steerability
 from nblens.text import percent, plain, short_number
-
-if TYPE_CHECKING:
-    from nblens.steering.report import SteerabilityReport
-    from nblens.steering.statistics import DoseResponse
 
 __all__ = ["summary_rows"]
 
 Rows = list[tuple[str, str]]
 
 
-def summary_rows(report: SteerabilityReport) -> Rows:
-    """Measure and value, a line each; what was not measured has none."""
+def summary_rows(report: Steerability) -> Rows:
+    """Write measure and value, a line each; what was not measured has none."""
     return [*_vector(report), *_slopes(report), *_controls(report), *_costs(report)]
 
 
-def _vector(report: SteerabilityReport) -> Rows:
+def _vector(report: Steerability) -> Rows:
     norms = [report.norms[block] for block in report.layers if block in report.norms]
     span = dict.fromkeys(short_number(end) for end in (min(norms), max(norms))) if norms else ()
     norm = f", norm {' to '.join(span)}" if norms else ""
@@ -39,7 +36,7 @@ def _vector(report: SteerabilityReport) -> Rows:
     return [(label, plain(text)) for label, text in rows]
 
 
-def _slopes(report: SteerabilityReport) -> Rows:
+def _slopes(report: Steerability) -> Rows:
     response, other = report.fitted, report.fitted_out_of_distribution
     reach = short_number(float(np.abs(response.coefficients).max()))
     rows = [
@@ -62,18 +59,15 @@ def _slopes(report: SteerabilityReport) -> Rows:
     return rows
 
 
-def _controls(report: SteerabilityReport) -> Rows:
-    rows = []
-    if report.random_slopes is not None:
-        control = _control(report.random_slopes, report.random_near_zero, report.above_random)
-        rows.append(("random directions", control))
-    if report.shuffled_slopes is not None:
-        control = _control(report.shuffled_slopes, report.shuffled_near_zero, report.above_shuffled)
-        rows.append(("shuffled labels", control))
-    return rows
+def _controls(report: Steerability) -> Rows:
+    controls = (
+        ("random directions", report.random_slopes, report.random_near_zero, report.above_random),
+        ("shuffled labels", report.shuffled_slopes, report.shuffled_near_zero, report.above_shuffled),
+    )
+    return [(label, _control(slopes, *found)) for label, slopes, *found in controls if slopes is not None]
 
 
-def _costs(report: SteerabilityReport) -> Rows:
+def _costs(report: Steerability) -> Rows:
     effects = report.side_effects
     if effects is None:
         return []
@@ -84,7 +78,7 @@ def _costs(report: SteerabilityReport) -> Rows:
         return ", ".join(f"{value(i)} at λ = {short_number(effects.coefficients[i])}" for i in sorted(indices))
 
     rows = [("KL mean / p95", each(steered, lambda i: _pair(effects.kl_mean[i], effects.kl_p95[i])))]
-    if (ends := report.largest_coefficients) is not None:
+    if report.kl_budget is not None and (ends := report.largest_coefficients) is not None:
         low = short_number(ends.low) + " (or beyond)" * ends.low_capped
         high = short_number(ends.high) + " (or beyond)" * ends.high_capped
         rows.append((f"λ within KL {short_number(report.kl_budget)}", f"{low} … {high}"))
@@ -103,7 +97,8 @@ def _costs(report: SteerabilityReport) -> Rows:
 def _nearest(coefficients: np.ndarray, target: int) -> list[int]:
     """Index of the coefficient nearest to 1 or −1 among those on its side of 0; none where there is none."""
     same_side = np.flatnonzero(coefficients * target > 0)
-    return same_side[np.argsort(np.abs(coefficients[same_side] - target), kind="stable")[:1]].tolist()
+    nearest: list[int] = same_side[np.argsort(np.abs(coefficients[same_side] - target), kind="stable")[:1]].tolist()
+    return nearest
 
 
 def _slope(response: DoseResponse) -> str:
@@ -116,12 +111,12 @@ def _interval(ends: Sequence[float]) -> str:
     return "" if math.isnan(low) else f" (95% CI {short_number(low)} to {short_number(high)})"
 
 
-def _label(report: SteerabilityReport, label: str) -> str:
+def _label(report: Steerability, label: str) -> str:
     share = report.answer_balance.get(label)
     return f"{label} {short_number(report.by_label[label])}" + (f" ({percent(share)} of samples)" if share else "")
 
 
-def _control(slopes: np.ndarray, near_zero: bool | None, above: bool) -> str:
+def _control(slopes: np.ndarray, near_zero: bool | None, above: bool | None) -> str:
     about = {True: " (0 within 2 standard errors)", False: " (NOT 0 within 2 standard errors)", None: ""}[near_zero]
     mean, top = short_number(float(slopes.mean())), short_number(float(np.percentile(slopes, 99)))
     return f"{len(slopes)}: mean {mean}{about}, 99th percentile {top} → {'above' if above else 'NOT above'}"

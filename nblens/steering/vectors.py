@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError, VectorMismatchError, escaped, first_line
-from nblens.files import read_safetensors, write_safetensors
+from nblens.errors import UserError, VectorMismatchError, escaped
 from nblens.layers import format_layers
+from nblens.records import RecordFormat, sound_content
 from nblens.specs import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]
 
-_FORMAT = "nblens.steering_vector"
-_VERSION = 1
+_FORMAT = RecordFormat("nblens.steering_vector", 1, "a steering vector")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -92,11 +90,11 @@ class SteeringVector:
         return {block: _norm(d) for block, d in self.directions.items()}
 
     def normalized(self) -> SteeringVector:
-        """The same directions with norm 1 at every block; a zero direction stays zero."""
+        """Return the same directions with norm 1 at every block; a zero direction stays zero."""
         return self._map(lambda d: d / (_norm(d) or 1.0))
 
     def at(self, layers: tuple[int, ...]) -> SteeringVector:
-        """The same vector, written at other blocks by default."""
+        """Return the same vector, written at other blocks by default."""
         return replace(self, layers=layers)
 
     def check_fits(self, *, n_blocks: int, d_model: int) -> None:
@@ -117,8 +115,7 @@ class SteeringVector:
         if _is_gguf(path):
             return self.to_gguf(path)
         arrays = {f"direction.{block}": d for block, d in self.directions.items()}
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "fields": json.dumps(self._plain())}
-        return write_safetensors(path, arrays, metadata)
+        return _FORMAT.save(path, self._plain(), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], name: str | None = None) -> SteeringVector:
@@ -131,17 +128,10 @@ class SteeringVector:
         """
         if _is_gguf(path):
             return cls.from_gguf(path, name)
-        arrays, metadata = read_safetensors(path)
-        if metadata.get("format") != _FORMAT or metadata.get("version") != str(_VERSION):
-            raise FileFormatError(
-                f"{path} is not a steering vector of version {_VERSION} "
-                f"(format {metadata.get('format', 'none')}, version {metadata.get('version', 'none')})"
-            )
-        try:
+        plain, arrays = _FORMAT.load(path)
+        with sound_content(path):
             directions = {int(key.removeprefix("direction.")): array for key, array in arrays.items()}
-            return cls._from_plain(directions, json.loads(metadata["fields"]), name)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise FileFormatError(f"{path} is damaged: {error}") from error
+            return cls._from_plain(directions, plain, name)
 
     def to_gguf(self, path: str | os.PathLike[str], *, model_hint: str | None = None) -> Path:
         """Write a control vector for llama.cpp (`--control-vector FILE`) and repeng.
@@ -201,7 +191,7 @@ class SteeringVector:
         from nblens.steering.gguf_file import read_control_vector
 
         file = read_control_vector(path)
-        try:
+        with sound_content(path):
             if file.fields is None:
                 stem = re.sub(r"[^\w.-]", "_", Path(path).stem)
                 return cls(name or stem, file.directions, model=file.model_hint)
@@ -209,8 +199,6 @@ class SteeringVector:
             if (vector.site, vector.write, vector.op) != ("resid_post", "all", "add"):
                 raise ValueError(f"site {vector.site!r}, write {vector.write!r}, operation {vector.op!r}")
             return vector
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"{path} is damaged: {first_line(error)}") from error
 
     def _plain(self) -> dict[str, Any]:
         """All but the directions."""
@@ -261,8 +249,8 @@ class SteeringVector:
             return NotImplemented
         return replace(self + -other, name=f"{self.name}-{other.name}")
 
-    def _map(self, function: object) -> SteeringVector:
-        return replace(self, directions={block: function(d) for block, d in self.directions.items()})  # type: ignore[operator]
+    def _map(self, function: Callable[[np.ndarray], np.ndarray]) -> SteeringVector:
+        return replace(self, directions={block: function(d) for block, d in self.directions.items()})
 
     def __repr__(self) -> str:
         norms = [self.norms[block] for block in self.layers]

@@ -17,7 +17,7 @@ def test_json_goes_from_token_to_layer_to_component_to_probabilities():
     assert list(read) == ["format", "version", "model", "lens", "layers", "prompt_length", "tokens"]
     tokens = read.pop("tokens")
     assert read == {
-        "format": "nblens.lens",
+        "format": "nblens.trajectory_json",
         "version": 1,
         "model": "tiny/model",
         "lens": "logit",

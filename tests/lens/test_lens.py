@@ -162,9 +162,15 @@ def test_a_damaged_or_hostile_file_is_refused(tmp_path, change):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("metadata", [{"format": "nblens.trajectory"}, {"version": "2"}])
-def test_a_file_of_another_format_is_refused(tmp_path, metadata):
-    with pytest.raises(FileFormatError, match="is not a lens of version 1"):
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "nblens.trajectory"}, r"is not a lens \(format: nblens.trajectory\)"),
+        ({"version": "2"}, "is a lens of version 2; this nblens reads version 1"),
+    ],
+)
+def test_a_file_of_another_format_is_refused(tmp_path, metadata, message):
+    with pytest.raises(FileFormatError, match=message):
         Lens.load(damaged(tmp_path, metadata=metadata))
 
 

@@ -281,8 +281,8 @@ def test_a_rewritten_file_is_read(tmp_path):
     ("change", "message"),
     [
         ({"metadata": {"format": "nblens.steering_vector"}}, r"is not a trajectory \(format: nblens.steering_vector\)"),
-        ({"metadata": {"version": "2"}}, "has trajectory format version 2; this nblens reads 1"),
-        ({"metadata": {"version": "1.0"}}, "format version 1.0"),
+        ({"metadata": {"version": "2"}}, "is a trajectory of version 2; this nblens reads version 1"),
+        ({"metadata": {"version": "1.0"}}, "of version 1.0"),
         ({"metadata": {"fields": "{"}}, "is damaged"),
         ({"metadata": {"fields": "[]"}}, "is damaged"),
         ({"metadata": {"fields": "null"}}, "is damaged"),

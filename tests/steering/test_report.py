@@ -192,7 +192,9 @@ def test_a_file_gives_everything_back(tmp_path, given_fields):
     path = tmp_path / "cheerful.json"
     text = report.to_json(path)
     assert path.read_text() == text
-    for other in (SteerabilityReport.load(path), SteerabilityReport.from_json(text)):
+    record = report.save(tmp_path / "cheerful.safetensors")
+    assert report.save(tmp_path / "again.json").read_text() == text
+    for other in (*map(SteerabilityReport.load, (path, record)), SteerabilityReport.from_json(text)):
         assert_same(report, other)
         assert repr(other) == repr(report)
         assert other.to_json() == text
@@ -285,9 +287,9 @@ def damaged(**changes):
     [
         ("", "this text is not JSON"),
         ("[" * 100_000, "this text is not JSON"),
-        ("[]", "this text is not a steerability report of version 1"),
+        ("[]", r"this text is not a steerability report \(format: none\)"),
         ('{"format": "nblens.lens", "version": 1}', "is not a steerability report"),
-        (damaged(version=2), "is not a steerability report of version 1"),
+        (damaged(version=2), "is a steerability report of version 2; this nblens reads version 1"),
         (damaged(dose_response=None), "this text is damaged"),
         (damaged(dose_response={"coefficients": [0, 1], "values": [[0, None]]}), "this text is damaged"),
         (damaged(dose_response={"coefficients": [0, 1], "values": [[0, 1]], "more": 1}), "this text is damaged"),
@@ -297,7 +299,7 @@ def damaged(**changes):
         (damaged(random_slopes="x"), "this text is damaged"),
         (damaged(layer_slopes={"4": 1.0}), "this text is damaged"),
         (damaged(kl_budget="x"), "this text is damaged"),
-        ('{"format": "nblens.steerability", "version": 1}', "this text is damaged: KeyError"),
+        ('{"format": "nblens.steerability", "version": 1}', "this text is damaged: it lacks 'name'"),
     ],
 )
 def test_what_is_no_report_is_refused(text, message):
@@ -308,7 +310,7 @@ def test_what_is_no_report_is_refused(text, message):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none.json: No such file"):
         SteerabilityReport.load(tmp_path / "none.json")
-    with pytest.raises(UserError, match="cannot read .*: Is a directory"):
+    with pytest.raises(UserError, match="cannot read .*: it is a folder"):
         SteerabilityReport.load(tmp_path)
     (tmp_path / "foreign.json").write_bytes(b"\xff\xfe")
     with pytest.raises(FileFormatError, match="foreign.json is not JSON"):

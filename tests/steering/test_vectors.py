@@ -246,9 +246,9 @@ def _metadata(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2"}, r"not a steering vector of version 1 \(format nblens.steering_vector, version 2\)"),
-        ({"format": "nblens.trajectory"}, r"\(format nblens.trajectory, version 1\)"),
-        ({"format": None, "version": None}, r"\(format none, version none\)"),
+        ({"version": "2"}, "is a steering vector of version 2; this nblens reads version 1"),
+        ({"format": "nblens.trajectory"}, r"is not a steering vector \(format: nblens.trajectory\)"),
+        ({"format": None, "version": None}, r"is not a steering vector \(format: none\)"),
         ({"fields": "{"}, "damaged"),
         ({"fields": "[]"}, "damaged"),
         ({"fields": None}, "damaged"),
