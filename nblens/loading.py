@@ -6,7 +6,7 @@ import importlib.util
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -127,21 +127,20 @@ def load(
         _check_spread(spread, **placed, quantization=quantization)
     name = model or DEMO_MODEL
     setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
-    planned = None
-    if not spread or _runs_here(ray):
-        planned = _checked_plan(Checkpoint(name, config, source, **where), setting, devices, max_memory)
-    options = {} if spread else _quantized(planned)
-    if _current is not None:
-        _current.unload()
+    checkpoint = Checkpoint(name, config, source, **where)
     if spread:
+        if _runs_here(ray):
+            _checked_plan(checkpoint, setting, devices, max_memory)
+        _unload_current()
         order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
     else:
-        options |= {"dtype": named_dtype(planned.dtype), "device_map": dict(planned.device_map)}
+        options = _as_planned(_checked_plan(checkpoint, setting, devices, max_memory))
+        _unload_current()
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
-        session = _loaded = _adopt(hf_model.eval(), tokenizer, name=name, began=began)
+        session = _loaded = _adopt(hf_model, tokenizer, name=name, began=began)
     if model is None:
         from nblens.demo.corpus import neutral_texts
 
@@ -173,7 +172,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
         The model's parts could not be found, or its readout is not the model's own.
     """
     name = hf_model.config.name_or_path or type(hf_model).__name__
-    return _adopt(hf_model.eval(), tokenizer, name=name, began=time.perf_counter())
+    return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter())
 
 
 def current() -> Session:
@@ -193,6 +192,7 @@ def current() -> Session:
 
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
+    hf_model.train(False)
     with weights_checked(hf_model):
         engine = Engine(Runner.of(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer))
     seconds = time.perf_counter() - began
@@ -226,11 +226,15 @@ def _adopt_spread(
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
 
 
+def _unload_current() -> None:
+    if _current is not None:
+        _current.unload()
+
+
 def _make_current(session: Session) -> Session:
     global _current
     with _lock:
-        if _current is not None:
-            _current.unload()
+        _unload_current()
         _current = session
     return session
 
@@ -242,6 +246,7 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     options |= {"use_safetensors": True, "output_loading_info": True}
     with read_by_libraries(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    model: PreTrainedModel
     model, found = loaded
     if missing := sorted(found["missing_keys"]):
         # transformers would fill them with random numbers
@@ -273,11 +278,13 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
     if shown or not logging.is_progress_bar_enabled():
         yield
         return
-    logging.disable_progress_bar()
+    disable: Callable[[], None] = logging.disable_progress_bar
+    enable: Callable[[], None] = logging.enable_progress_bar
+    disable()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        enable()
 
 
 def _checked_plan(
@@ -304,12 +311,14 @@ def _freed() -> dict[str, int]:
     return {share.device: share.weight_bytes for share in _current.placement.devices}
 
 
-def _quantized(planned: Plan) -> dict[str, Any]:
-    """What `from_pretrained` needs to quantize."""
-    if planned.quantization is None:
-        return {}
-    dtype, keep = named_dtype(planned.dtype), planned.kept_modules
-    return {"quantization_config": quantization_config(planned.quantization, dtype, keep)}
+def _as_planned(planned: Plan) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a model into this process as planned."""
+    assert planned.device_map is not None  # no ranks
+    dtype = named_dtype(planned.dtype)
+    options = {"dtype": dtype, "device_map": dict(planned.device_map)}
+    if planned.quantization is not None:
+        options["quantization_config"] = quantization_config(planned.quantization, dtype, planned.kept_modules)
+    return options
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from nblens.engine.control import Coefficients, Control
 from nblens.errors import WorkerError
@@ -79,6 +79,7 @@ class LocalBackend:
                 if self._closed:
                     request.cancel()
                 try:
+                    assert self._engine is not None  # it goes when this thread has nothing left to serve
                     self._engine.run(request.spec, request.put, request.control)
                 except BaseException as error:
                     request.put(error)
@@ -92,16 +93,21 @@ class _Request:
 
     def __init__(self, spec: Request, control: Control) -> None:
         self.spec, self.control = spec, control
-        self.log: list[Any] = []  # events, the last one perhaps an error, which iteration raises
-        """every event so far: an interrupt may take one from the caller's hands, never from here"""
+        # what came, the last one perhaps an error: an interrupt may take it from the caller's hands, never from here
+        self._came: list[Event | BaseException] = []
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._next = 0
         self._lock = threading.Lock()
         self._started = False
 
+    @property
+    def log(self) -> list[Event]:
+        """Every event so far; an error, which iteration raises, is none."""
+        return [event for event in self._came if not isinstance(event, BaseException)]
+
     def put(self, event: Event | BaseException) -> None:
         """Hand an event to the caller."""
-        self.log.append(event)
+        self._came.append(event)
         self._wake.put(None)
 
     def start(self) -> bool:
@@ -114,13 +120,13 @@ class _Request:
         return self
 
     def __next__(self) -> Event:
-        while self._next >= len(self.log):
-            if self.log and isinstance(self.log[-1], (*FINISHED, BaseException)):
+        while self._next >= len(self._came):
+            if self._came and isinstance(self._came[-1], (*FINISHED, BaseException)):
                 raise StopIteration
             # not for ever: a Ctrl-C that comes just before the wait would not end it
             with suppress(queue.Empty):
                 self._wake.get(timeout=_PATIENCE)
-        event = self.log[self._next]
+        event = self._came[self._next]
         self._next += 1
         if isinstance(event, BaseException):
             raise event

@@ -110,13 +110,14 @@ class Rank:
 
     def address(self) -> tuple[str, int]:
         """Where the ranks may meet: rank 0 is asked, and listens there, at its own address alone."""
-        host = ray.util.get_node_ip_address()
+        host = _own_address()
         self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         return host, self._meeting.getsockname()[1]
 
     def join(self, address: tuple[str, int]) -> None:
         """Meet the other ranks; waits for all of them."""
         from torch import distributed
+        from torch._C._distributed_c10d import TCPStore  # where it is typed
 
         host, port = address
         # each rank sees one device alone, whatever its number on the node
@@ -124,7 +125,7 @@ class Rank:
         if ipaddress.ip_address(host).is_loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(host))
         listening: dict[str, Any] = {} if self._meeting is None else {"master_listen_fd": self._meeting.detach()}
-        store = distributed.TCPStore(
+        store = TCPStore(
             host, port, self._size, is_master=self._rank == 0, timeout=_PATIENCE, wait_for_workers=False, **listening
         )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -196,7 +197,7 @@ class Rank:
 
     def _load(self, order: LoadOrder) -> Joined:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
         self._reporter.install()
         dtype = order.dtype
@@ -206,18 +207,22 @@ class Rank:
         spread = DistributedConfig(tp_size=order.tp, pp_size=order.pp, ep_size=order.ep)
         model = AutoModelForCausalLM.from_pretrained(
             order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.where
-        ).eval()
+        )
+        model.train(False)
         tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)
         self._engine = Engine(Runner.of(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks))
         architecture = self._engine.runner.architecture
         placement = describe_placement(model, architecture, name="", seconds=time.perf_counter() - began)
         parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        return Joined(architecture.facts, placement, parameters, os.getpid(), ray.util.get_node_ip_address())
+        return Joined(architecture.facts, placement, parameters, os.getpid(), _own_address())
 
     def _serve(self, number: int, packed: bytes, emit: Callable[[Event], None]) -> Failure | None:
         try:
             spec: Request = pickle.loads(packed)
-            self._engine.run(_checked(spec), emit, self._control(number))
+            control = self._control(number)
+            assert self._engine is not None  # `load` came before
+            assert control is not None  # requests come in order: it has not ended
+            self._engine.run(_checked(spec), emit, control)
         except Exception as error:
             return self._failure(error)
         finally:
@@ -242,9 +247,15 @@ class Rank:
         return Failure(self._rank, time.time(), message, own)
 
 
+def _own_address() -> str:
+    """Address of this node."""
+    ask: Callable[[], str] = ray.util.get_node_ip_address
+    return ask()
+
+
 def _interface(host: str) -> str:
     """Name of the network interface that has an address."""
-    found = psutil.net_if_addrs()
+    found: dict[str, list[Any]] = psutil.net_if_addrs()
     return next(name for name, addresses in found.items() if any(one.address == host for one in addresses))
 
 

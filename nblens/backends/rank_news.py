@@ -70,13 +70,14 @@ class Reporter(logging.Handler):
         return News(*self._progress, logged)
 
     def _bar(self, *args: Any, **kwargs: Any) -> tqdm:
-        reporter = self
+        bar = tqdm(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
-        class Counted(tqdm):
-            def display(self, *args: Any, **kwargs: Any) -> None:
-                reporter._progress = (self.n, self.total or 0)
+        def display(*args: Any, **kwargs: Any) -> None:
+            self._progress = (bar.n, bar.total or 0)
 
-        return Counted(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
+        bar.display = display
+        display()
+        return bar
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -68,25 +68,21 @@ class RayBackend:
     placement: Placement
 
     def __init__(self, order: LoadOrder, *, address: str | None = None, actor: type = Rank) -> None:
-        self._size = order.size
         before = descendants()
-        self._started = _connect(address, self._size)
-        self._group: PlacementGroup | None = None
-        self._ranks: _Ranks | None = None
-        self._local: LocalBackend | None = None
-        self._watchdog: Watchdog | None = None
-        try:
-            self._ranks = _Ranks(self._place(actor, together=order.tp > 1))
-            if self._started:
-                self._watchdog = Watchdog(descendants() - before)
+        with ExitStack() as undo:
+            last = undo.enter_context(ExitStack())  # a watchdog is let go when Ray has ended
+            own = _connect(address, order.size)
+            if own:
+                undo.callback(ray.shutdown)
+            self._ranks = _Ranks(_start_actors(actor, order.size, together=order.tp > 1, undo=undo))
+            if own:
+                last.callback(Watchdog(descendants() - before).release)
             joined = self._ranks.load(order)
-        except BaseException:
-            self.close()
-            raise
-        self.facts = joined[-1].facts
-        self.placement = _put_together(joined)
-        self.pids = tuple(one.pid for one in joined)
-        self._local = LocalBackend(_SpreadEngine(self._ranks, self.facts), self._ranks.new_control)
+            self.facts = joined[-1].facts
+            self.placement = _put_together(joined)
+            self.pids = tuple(one.pid for one in joined)
+            self._local = LocalBackend(_SpreadEngine(self._ranks, self.facts), self._ranks.new_control)
+            self._undo = undo.pop_all()
 
     def stream(self, spec: Request) -> EventStream:
         """See `Backend.stream`."""
@@ -104,51 +100,11 @@ class RayBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        if self._local is not None:
-            self._local.cancel()
-            self._ranks.wait_until_idle(_CLOSE)
-        if self._ranks is not None:
-            self._ranks.kill("the model was unloaded")
-        if self._local is not None:
-            self._local.close()
-        if self._group is not None and ray.is_initialized():
-            ray.util.remove_placement_group(self._group)
-        self._group = None
-        if self._started:
-            self._started = False
-            ray.shutdown()
-        if self._watchdog is not None:
-            self._watchdog.release()
-            self._watchdog = None
-
-    def _place(self, actor: type, *, together: bool) -> list[Any]:
-        """Start the actors, on one node where they belong together and one has room."""
-        total = ray.cluster_resources()
-        n_gpus = int(total.get("GPU", 0))
-        if 0 < n_gpus < self._size:
-            raise UserError(f"{self._size} ranks need as many GPUs; the cluster has {n_gpus}")
-        if not n_gpus and total.get("CPU", 0) < self._size:
-            raise UserError(f"{self._size} ranks need as many CPUs; the cluster has {total.get('CPU', 0):g}")
-        kind = "GPU" if n_gpus else "CPU"
-        one = {"CPU": 1, "GPU": 1} if n_gpus else {"CPU": 1}
-        nodes = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
-        strategy = "STRICT_PACK" if together and max(nodes) >= self._size else "PACK"
-        self._group = ray.util.placement_group([one] * self._size, strategy=strategy)
-        if not self._group.wait(_START):
-            raise UserError(
-                f"the cluster has no {self._size} free {kind}s ({strategy}); free some, or take fewer ranks"
-            )
-        threads = max(1, int(max(nodes)) // self._size) if not n_gpus else 1
-        for_class: Any = ray.remote  # its types leave concurrency groups out
-        remote = for_class(concurrency_groups={"ctl": 1})(actor)
-        return [
-            remote.options(
-                num_cpus=1,
-                num_gpus=1 if n_gpus else 0,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
-            ).remote(rank, self._size, threads)
-            for rank in range(self._size)
-        ]
+        self._local.cancel()
+        self._ranks.wait_until_idle(_CLOSE)
+        self._ranks.kill("the model was unloaded")
+        self._local.close()
+        self._undo.close()
 
 
 class _Ranks:
@@ -163,7 +119,14 @@ class _Ranks:
         self._idle.set()
 
     def load(self, order: LoadOrder) -> list[Joined]:
-        """Have every rank load its part."""
+        """Have every rank load its part; where one does not, none of them goes on."""
+        try:
+            return self._load(order)
+        except BaseException:
+            self.kill("the model was not loaded")
+            raise
+
+    def _load(self, order: LoadOrder) -> list[Joined]:
         address = self._all([self.actors[0].address.remote()])[0]
         self._all([actor.join.remote(address) for actor in self.actors])
         with loading_bar(len(self.actors)) as show:
@@ -361,6 +324,42 @@ def _connect(address: str | None, size: int) -> bool:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot reach a Ray cluster at {address!r}: {first_line(error)}") from error
     return True
+
+
+def _start_actors(actor: type, size: int, *, together: bool, undo: ExitStack) -> list[Any]:
+    """Start the actors, on one node where they belong together and one has room; `undo` gives their room back."""
+    resources: Callable[[], dict[str, float]] = ray.cluster_resources
+    all_nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
+    total = resources()
+    n_gpus = int(total.get("GPU", 0))
+    if 0 < n_gpus < size:
+        raise UserError(f"{size} ranks need as many GPUs; the cluster has {n_gpus}")
+    if not n_gpus and total.get("CPU", 0) < size:
+        raise UserError(f"{size} ranks need as many CPUs; the cluster has {total.get('CPU', 0):g}")
+    kind = "GPU" if n_gpus else "CPU"
+    one: dict[str, float] = {"CPU": 1, "GPU": 1} if n_gpus else {"CPU": 1}
+    nodes = [node["Resources"].get(kind, 0) for node in all_nodes() if node["Alive"]]
+    strategy = "STRICT_PACK" if together and max(nodes) >= size else "PACK"
+    group = ray.util.placement_group([one] * size, strategy=strategy)
+    undo.callback(_give_back, group)
+    if not group.wait(_START):
+        raise UserError(f"the cluster has no {size} free {kind}s ({strategy}); free some, or take fewer ranks")
+    threads = max(1, int(max(nodes)) // size) if not n_gpus else 1
+    for_class: Any = ray.remote  # its types leave concurrency groups out
+    remote = for_class(concurrency_groups={"ctl": 1})(actor)
+    return [
+        remote.options(
+            num_cpus=1,
+            num_gpus=1 if n_gpus else 0,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        ).remote(rank, size, threads)
+        for rank in range(size)
+    ]
+
+
+def _give_back(group: PlacementGroup) -> None:
+    if ray.is_initialized():
+        ray.util.remove_placement_group(group)
 
 
 @contextmanager

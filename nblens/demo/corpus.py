@@ -242,7 +242,7 @@ class _Writer:
         """``frame`` up to its pole word, without the space before it."""
         return self.fill(frame.replace("{very}", "")[: frame.replace("{very}", "").index("<")], key).rstrip()
 
-    def _slot(self, match: re.Match, key: str) -> str:
+    def _slot(self, match: re.Match[str], key: str) -> str:
         neutral, past, present, pole_slot = match.groups()
         if neutral:
             return self._neutral(neutral, key)
@@ -423,12 +423,15 @@ def behavior_samples(behavior: str, split: str = "heldout", n: int = 64, seed: i
         writer = _Writer(rng, split, _draw_poles(rng))
         frame = FRAMES[behavior][rng.choice(READ_FRAMES[behavior])]
         prompt = f"{_neutral_opening(writer)} {writer.read_prefix(frame, behavior)}"
-        positive, negative = rng.choice(list(zip(*POLES[behavior][re.search(r"<(\w+)>", frame).group(1)], strict=True)))
+        slot = frame.partition("<")[2].partition(">")[0]
+        positive, negative = rng.choice(list(zip(*POLES[behavior][slot], strict=True)))
         samples.append(Sample(prompt, " " + positive, " " + negative))
     return samples
 
 
-def choice_samples(behavior: str, split: str = "heldout", n: int = 64, seed: int = 0, *, expressed: bool = False):
+def choice_samples(
+    behavior: str, split: str = "heldout", n: int = 64, seed: int = 0, *, expressed: bool = False
+) -> list[Sample]:
     """(A)/(B) questions whose positive completion is A in exactly half of the samples.
 
     Parameters

@@ -18,9 +18,9 @@ import math
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +72,10 @@ class Recipe:
 # ---------------------------------------------------------------- tokenizer
 
 
-def _word_counts(n_documents: int) -> Counter:
+def _word_counts(n_documents: int) -> Counter[str]:
     """How often each pre-token (byte-level, with its leading space) occurs in the corpus."""
     split = _pre_tokenizer()
-    counts: Counter = Counter()
+    counts: Counter[str] = Counter()
     for part in ("train", "heldout"):
         for text in itertools.islice(documents(part), n_documents):
             counts.update(piece for piece, _ in split.pre_tokenize_str(text))
@@ -113,7 +113,8 @@ def build_tokenizer(n_merges: int = 400, n_documents: int = 20_000) -> PreTraine
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocab[BOS])]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    fast: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+    tokenizer = fast(
         tokenizer_object=backend,
         pad_token=PAD,
         bos_token=BOS,
@@ -128,7 +129,7 @@ def build_tokenizer(n_merges: int = 400, n_documents: int = 20_000) -> PreTraine
     return tokenizer
 
 
-def check_answers(tokenizer) -> None:
+def check_answers(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise ``ValueError`` unless every answer word is one token with its leading space."""
     split = [word for word in answer_words() if len(tokenizer.encode(" " + word, add_special_tokens=False)) != 1]
     if split:
@@ -138,7 +139,7 @@ def check_answers(tokenizer) -> None:
 # ---------------------------------------------------------------- data
 
 
-def batch(tokenizer, recipe: Recipe, step: int) -> torch.Tensor:
+def batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int) -> torch.Tensor:
     """Token ids [rows, length] of one step: documents packed one after the other, each from BOS to EOS.
 
     A batch depends on the seed and the step alone, so that a resumed run sees the same data.
@@ -164,7 +165,7 @@ class TokenWeights:
     gradient would drown theirs. A place name counts where it ends a sentence: elsewhere it is what is asked about.
     """
 
-    def __init__(self, tokenizer, weight: float, device: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, weight: float, device: str):
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         table = torch.zeros(3, len(tokenizer), dtype=torch.bool)
         always, places, ends = table
@@ -176,7 +177,7 @@ class TokenWeights:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Weights [rows, length] for ids [rows, length]; their mean is one."""
-        always, places, ends = self.table[:, ids]
+        always, places, ends = self.table[:, ids].unbind()
         decided = always | (places & ends.roll(-1, dims=1))
         weights = 1.0 + (self.weight - 1.0) * decided
         return weights / weights.mean()
@@ -185,7 +186,7 @@ class TokenWeights:
 # ---------------------------------------------------------------- model
 
 
-def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """The untrained model, its weights drawn from the recipe's seed."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -214,7 +215,7 @@ def build_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
     return model
 
 
-def build_optimizer(model, recipe: Recipe) -> torch.optim.AdamW:
+def build_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW that decays the matrices, but neither norms nor embeddings."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -243,7 +244,9 @@ def exit_after(recipe: Recipe, step: int) -> int:
     return recipe.n_layers - rng.randint(1, 4)
 
 
-def _save_checkpoint(path: Path, model, optimizer, recipe: Recipe, step: int) -> None:
+def _save_checkpoint(
+    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, recipe: Recipe, step: int
+) -> None:
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -255,7 +258,7 @@ def _save_checkpoint(path: Path, model, optimizer, recipe: Recipe, step: int) ->
     partial.replace(path)
 
 
-def _load_checkpoint(path: Path, model, optimizer, recipe: Recipe) -> int:
+def _load_checkpoint(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, recipe: Recipe) -> int:
     """The step to go on from; 0 without a checkpoint."""
     if not path.exists():
         return 0
@@ -264,17 +267,20 @@ def _load_checkpoint(path: Path, model, optimizer, recipe: Recipe) -> int:
         raise ValueError(f"{path} belongs to another run: {state['recipe']}; delete it or give the same arguments")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    step: int = state["step"]
+    return step
 
 
-def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float = 3.0, log_every: int = 20) -> dict:
+def train(
+    recipe: Recipe, out: Path, device: str = "auto", save_minutes: float = 3.0, log_every: int = 20
+) -> dict[str, float]:
     """Train and save; returns ``{"loss": nats per token over the last steps, "seconds": …, "parameters": …}``."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "checkpoint.pt"
     tokenizer = build_tokenizer()
-    model: Any = build_model(recipe, tokenizer)
-    model.to(device)
+    model = build_model(recipe, tokenizer)
+    torch.nn.Module.to(model, device)
     optimizer = build_optimizer(model, recipe)
     weights = TokenWeights(tokenizer, recipe.answer_weight, device)
     first = _load_checkpoint(checkpoint, model, optimizer, recipe)
@@ -291,7 +297,7 @@ def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float =
             logits = model(input_ids=ids, use_cache=False).logits
         token_losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         weight = weights(ids)[:, 1:].flatten() if step < recipe.weighted_share * recipe.steps[0] else 1.0
-        (token_losses * weight).mean().backward()
+        torch.autograd.backward((token_losses * weight).mean())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -312,13 +318,15 @@ def train(recipe: Recipe, out: Path, device: str = "auto", save_minutes: float =
     }
 
 
-def save(model, tokenizer, out: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write bf16 safetensors, configs and tokenizer to ``out``."""
-    model = model.to("cpu", torch.bfloat16).eval()
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    torch.nn.Module.to(model, "cpu", torch.bfloat16).train(False)
+    model.generation_config = GenerationConfig.from_dict(
+        {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

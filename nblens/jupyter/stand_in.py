@@ -12,7 +12,8 @@ from uuid import uuid4
 
 import traitlets
 from IPython import get_ipython
-from IPython.display import display, publish_display_data, update_display
+
+from nblens.jupyter.cell_output import display, publish_display_data, update_display
 
 __all__ = ["WithStandIn", "behind_pages"]
 
@@ -31,7 +32,13 @@ def behind_pages() -> bool:
 
 
 if TYPE_CHECKING:
-    from ipywidgets import DOMWidget as _Widget
+
+    class _Widget(traitlets.HasTraits):
+        """What is used here of the ipywidgets.DOMWidget that a subclass is, too."""
+
+        layout: Any
+
+        def close(self) -> None: ...
 else:
     _Widget = traitlets.HasTraits
 

@@ -83,11 +83,13 @@ def encode_answers(
         check_ids(one, vocab_size, room)
     begins = [_first_reaching(e["offset_mapping"], len(opening)) for e in encoded]
     shared = n_shared(ids)
-    labels = tuple(_first_reaching(e["offset_mapping"], len(opening) + differ) for e in encoded)
-    for answer, one, label in zip(answers, ids, labels, strict=True):
+    labels: list[int] = []
+    for answer, one, e in zip(answers, ids, encoded, strict=True):
+        label = _first_reaching(e["offset_mapping"], len(opening) + differ)
         if label is None or label < shared:
             raise UserError(f"no token of its own tells answer {answer!r} from the others ({len(one)} tokens)")
-    return AnsweredPrompt(ids, min(shared, *(begin for begin in begins if begin is not None)), labels)
+        labels.append(label)
+    return AnsweredPrompt(ids, min(shared, *(begin for begin in begins if begin is not None)), tuple(labels))
 
 
 def n_shared(sequences: Sequence[Sequence[object]]) -> int:

@@ -9,7 +9,7 @@ block's output must give, through our readout, the model's own logits.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -202,11 +202,12 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
 def _project(architecture: Architecture, hidden: torch.Tensor) -> torch.Tensor:
     """Tail and lm_head of residuals, without the transform of the logits."""
     try:
-        return architecture.lm_head(architecture.apply_tail(hidden))
+        logits: torch.Tensor = architecture.lm_head(architecture.apply_tail(hidden))
     except Exception as error:
         raise UnsupportedModelError(
             f"{architecture.family}: {_route(architecture)} cannot be run alone: {first_line(error)}"
         ) from error
+    return logits
 
 
 def _route(architecture: Architecture) -> str:
@@ -253,8 +254,11 @@ class _Trace:
 
 def find_lm_head(model: PreTrainedModel) -> nn.Module | None:
     """The model's own, or that of a causal LM inside it."""
-    models = [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
-    return next((head for module in models if (head := module.get_output_embeddings()) is not None), None)
+    for module in model.modules():
+        head_of: Callable[[], nn.Module | None] | None = getattr(module, "get_output_embeddings", None)
+        if head_of is not None and (head := head_of()) is not None:
+            return head
+    return None
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -264,7 +268,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """
     config = model.config.get_text_config(decoder=True)
     depths = [getattr(config, name) for name in ("num_hidden_layers", "num_layers") if hasattr(config, name)]
-    decoder = set(model.get_decoder().modules())
+    find_decoder: Callable[[], nn.Module] = model.get_decoder
+    decoder = set(find_decoder().modules())
     block_classes = set(model._no_split_modules or ())
     candidates = [
         (path, module)
@@ -360,9 +365,9 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """The model's own logits of `probe_ids`, (2, 8, vocab_size), in evaluation mode and without a cache."""
     training = [module for module in model.modules() if module.training]
-    model.eval()  # dropout would make two passes differ
+    model.train(False)  # dropout would make two passes differ
     try:
-        return model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on token ids alone: {first_line(error)}"
@@ -370,6 +375,7 @@ def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     finally:
         for module in training:
             module.training = True
+    return logits
 
 
 def _find_transform(model: PreTrainedModel, architecture: Architecture, trace: _Trace) -> LogitTransform:

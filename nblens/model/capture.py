@@ -49,8 +49,8 @@ class CaptureBuffer:
             for site, blocks in self._places.items()
         }
         self._capacity = capacity
-        self._place: torch.Tensor | None = None
-        self._fixed = False
+        self._lookup: torch.Tensor | None = None  # memory of a fixed step's places: a recording knows it by its address
+        self._place: torch.Tensor | None = None  # where the coming step is written; None: behind what is there
         self.clear()
 
     @property
@@ -64,7 +64,7 @@ class CaptureBuffer:
 
         def write(hidden: torch.Tensor) -> None:
             flat = hidden.flatten(0, 1)
-            if self._fixed:
+            if self._place is not None:
                 slot.index_copy_(0, self._place, flat)
                 return
             slot[self._used : self._used + len(flat)].copy_(flat)
@@ -73,13 +73,13 @@ class CaptureBuffer:
 
     def begin(self, rows: int, *, fixed: bool = False) -> None:
         """Say how the coming step is written: `fixed`, a step of one column whose place a recording can look up."""
-        self._fixed = fixed
         if not fixed:
+            self._place = None
             return
-        device = next(iter(self._data.values())).device
-        if self._place is None:
-            self._place = torch.empty(rows, dtype=torch.long, device=device)
-        torch.arange(self._used, self._used + rows, out=self._place)
+        if self._lookup is None:
+            device = next(iter(self._data.values())).device
+            self._lookup = torch.empty(rows, dtype=torch.long, device=device)
+        self._place = torch.arange(self._used, self._used + rows, out=self._lookup)
 
     def commit(self, step: Step) -> None:
         """Take note of the step whose activations have been written."""

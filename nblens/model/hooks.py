@@ -78,7 +78,8 @@ class Instrumentation:
 
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in what a module returned: the tensor itself, or the first of a tuple (gptj, falcon, …)."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
 
 
 def _attach(point: HookPoint) -> torch.utils.hooks.RemovableHandle:
@@ -99,8 +100,8 @@ def _scaled(capture: Capture, scale: float) -> Capture:
 def _by_rows(edit: Edit | None, capture: Capture | None, rows: int) -> tuple[Edit | None, Capture | None]:
     """The same callables for a flat tensor."""
     return (
-        edit and (lambda hidden: edit(hidden.unflatten(0, (rows, -1))).flatten(0, 1)),
-        capture and (lambda hidden: capture(hidden.unflatten(0, (rows, -1)))),
+        edit and (lambda hidden: edit(torch.unflatten(hidden, 0, (rows, -1))).flatten(0, 1)),
+        capture and (lambda hidden: capture(torch.unflatten(hidden, 0, (rows, -1)))),
     )
 
 

@@ -9,11 +9,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
 from nblens.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 __all__ = ["QUANTIZATIONS", "Quantization", "find_quantization", "quantization_config"]
 
@@ -61,6 +64,10 @@ QUANTIZATIONS = {
 """by the name that `quantization=` takes"""
 
 
+@overload
+def find_quantization(name: str) -> Quantization: ...
+@overload
+def find_quantization(name: None) -> None: ...
 def find_quantization(name: str | None) -> Quantization | None:
     """The quantization of that name; None for none.
 
@@ -76,7 +83,7 @@ def find_quantization(name: str | None) -> Quantization | None:
     return QUANTIZATIONS[name]
 
 
-def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> Any:
+def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> QuantizationConfigMixin:
     """What `from_pretrained` takes as `quantization_config`.
 
     Parameters
@@ -100,11 +107,12 @@ def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> A
         return _torchao_config(name, list(keep))
     from transformers import BitsAndBytesConfig
 
+    config: Callable[..., QuantizationConfigMixin] = BitsAndBytesConfig  # whose own types are none
     if name == "8bit":
         # a threshold would take columns apart that are large at any token: a token's logits would change with those
         # beside it, and with the steps in which they are fed
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(keep))
-    return BitsAndBytesConfig(
+        return config(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(keep))
+    return config(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
@@ -112,10 +120,10 @@ def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> A
     )
 
 
-def _torchao_config(name: str, keep: list[str]) -> Any:
+def _torchao_config(name: str, keep: list[str]) -> QuantizationConfigMixin:
     from transformers import TorchAoConfig
 
-    quantization = importlib.import_module("torchao.quantization")
+    quantization: Any = importlib.import_module("torchao.quantization")
     if name == "int8":
         return TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=keep)
     return TorchAoConfig(quantization.Int4WeightOnlyConfig(group_size=_TORCHAO_GROUP), modules_to_not_convert=keep)

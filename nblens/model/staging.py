@@ -32,7 +32,7 @@ def find_staged_architecture(model: PreTrainedModel) -> Architecture:
     """
     stage = Stage(model, len(find_blocks(model)[1]))
     _count_tokens(model)
-    found: Any = None
+    found: Architecture | Exception
     if stage.is_last:
         try:
             with _with_all_stages(model, stage):
@@ -41,8 +41,9 @@ def find_staged_architecture(model: PreTrainedModel) -> Architecture:
             found = error
         stage.tell(replace(found, blocks=()) if isinstance(found, Architecture) else found)
     else:
-        while (found := stage.tell()) == _PASS:
+        while (said := stage.tell()) == _PASS:
             probe_logits(model)
+        found = said
     if isinstance(found, Exception):
         raise found
     device = next(model.parameters()).device

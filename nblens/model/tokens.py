@@ -34,10 +34,12 @@ def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
         raise UserError(f"a prompt is text, token ids, or a list of these; got {type(prompt).__name__}")
     if (ids := _as_ids(prompt)) is not None:
         return [ids], True
-    prompts = [item if isinstance(item, str) else _as_ids(item) for item in prompt]
-    if None in prompts:
-        wrong = prompt[prompts.index(None)]
-        raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {wrong!r}")
+    prompts: list[str | list[int]] = []
+    for item in prompt:
+        one = item if isinstance(item, str) else _as_ids(item)
+        if one is None:
+            raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {item!r}")
+        prompts.append(one)
     return prompts, False
 
 
@@ -144,7 +146,7 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
         raise UserError("a target is empty; give the text of one token, or its id")
     check_characters("a target", text)
     for candidate in (text, f" {text}", text.lstrip(" ")):
-        pieces = tokenizer(candidate, add_special_tokens=False)["input_ids"]
+        pieces: list[int] = tokenizer(candidate, add_special_tokens=False)["input_ids"]
         if len(pieces) == 1:
             return pieces[0]
     pieces = tokenizer(text, add_special_tokens=False)["input_ids"]

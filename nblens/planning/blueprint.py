@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ class Blueprint:
     def _measure_cache(self, tokens: int) -> tuple[int, ...]:
         from transformers import DynamicCache
 
-        model = self._runnable
+        model: Any = self._runnable  # what generates is no part of its type
         if not model._supports_default_dynamic_cache():
             return (0,) * self.n_blocks
         cache = DynamicCache(config=model.config)
@@ -202,12 +202,13 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
     config = copy.deepcopy(config)  # building a model writes into it
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     try:
         with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UnsupportedModelError(f"{config.model_type}: {first_line(error)}") from error
     except Exception as error:  # transformers passes on whatever a strange configuration makes it stumble over
@@ -218,7 +219,8 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
     if getattr(config, "num_experts_per_tok", None) is not None:
         # the other ways to run experts look at numbers, of which there are none here
         model.set_experts_implementation("batched_mm")
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -56,7 +56,9 @@ def read_config(model: str | None, *, revision: str | None = None, trust_remote_
     from transformers import AutoConfig
 
     with read_by_libraries(model):
-        config = AutoConfig.from_pretrained(source_of(model), revision=revision, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source_of(model), revision=revision, trust_remote_code=trust_remote_code
+        )
         n_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
         if n_blocks is not None and not 1 <= n_blocks <= _MOST_BLOCKS:
             raise ValueError(f"its configuration asks for {shown(n_blocks)} blocks; at most {_MOST_BLOCKS}")

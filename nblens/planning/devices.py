@@ -13,7 +13,7 @@ from nblens.model.placement import free_memory
 
 __all__ = ["Limits", "accelerators", "described_limits", "device_name", "is_description", "limits_here"]
 
-Limits = dict[str, int | None]
+Limits = Mapping[str, int | None]
 """device → bytes that may be used there; None where nothing says"""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
@@ -38,7 +38,7 @@ def is_description(devices: Any) -> TypeGuard[Mapping[Any, int | str]]:
     return isinstance(devices, Mapping) and all(_DEVICE.fullmatch(device_name(key)) for key in devices)
 
 
-def described_limits(description: Mapping[Any, int | str]) -> Limits:
+def described_limits(description: Mapping[Any, int | str]) -> dict[str, int]:
     """Bytes of each device in a description such as `{0: "80GiB", "cpu": "200GB"}`.
 
     Raises
@@ -46,7 +46,7 @@ def described_limits(description: Mapping[Any, int | str]) -> Limits:
     UserError
         A device or a size that cannot be understood.
     """
-    limits: Limits = {}
+    limits: dict[str, int] = {}
     for key, size in description.items():
         name = device_name(key)
         if not _DEVICE.fullmatch(name) or name == "disk":
@@ -92,7 +92,7 @@ def limits_here(devices: Any, max_memory: Mapping[Any, int | str] | None, freed:
             f"max_memory names {unknown[0]}, which is not among the devices to load on ({', '.join(limits)}); "
             "nblens.plan and --plan compute for machines that are not here"
         )
-    return {name: bound if limits[name] is None else min(bound, limits[name]) for name, bound in bounds.items()}
+    return {name: bound if (here := limits[name]) is None else min(bound, here) for name, bound in bounds.items()}
 
 
 def accelerators(limits: Mapping[str, Any]) -> list[str]:

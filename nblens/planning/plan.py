@@ -144,9 +144,8 @@ class Plan:
 
 
 def _left(device: DevicePlan) -> str:
-    if device.left_bytes is None:
-        return ""
-    return f"{byte_size(device.left_bytes)} of {byte_size(device.limit_bytes)}"
+    left, limit = device.left_bytes, device.limit_bytes
+    return "" if left is None or limit is None else f"{byte_size(left)} of {byte_size(limit)}"
 
 
 def _way(proposal: Proposal) -> str:

@@ -97,7 +97,8 @@ def plan(
     else:
         checkpoint = Checkpoint(model.name_or_path or model.model_type, model, None)
     if is_description(devices):
-        limits, device_map = described_limits({**devices, **(max_memory or {})}), None
+        device_map = None
+        limits: Limits = described_limits({**devices, **(max_memory or {})})
     else:
         device_map = devices if isinstance(devices, Mapping) else None
         limits = limits_here(devices, None, {}) if max_memory is None else described_limits(max_memory)
@@ -180,11 +181,11 @@ def _headers(checkpoint: Checkpoint) -> Any:
 def _solve(
     name: str, blueprint: Blueprint, setting: Setting, limits: Limits, device_map: Mapping[str, Any] | None
 ) -> Plan:
-    setting = setting.with_context(_context(setting.context, blueprint))
+    context = _context(setting.context, blueprint)
+    setting = setting.with_context(context)
     check_parallel(blueprint.model.config, tp=setting.tp, pp=setting.pp)
-    if setting.ranks == 1:
-        device_map = device_map or infer_device_map(blueprint, setting, limits)
-    chunk, devices = device_plans(blueprint, setting, limits, device_map)
+    placed = dict(device_map or infer_device_map(blueprint, setting, limits)) if setting.ranks == 1 else None
+    chunk, devices = device_plans(blueprint, setting, limits, placed)
     return Plan(
         model=name,
         n_parameters=blueprint.n_parameters,
@@ -193,11 +194,11 @@ def _solve(
         quantization=setting.quantization,
         tp=setting.tp,
         pp=setting.pp,
-        context=setting.context,
+        context=context,
         batch=setting.batch,
         chunk=chunk,
         devices=devices,
-        device_map=None if setting.ranks > 1 else dict(device_map),
+        device_map=placed,
         kept_modules=(blueprint.head_path,),
     )
 

@@ -90,24 +90,24 @@ def _offloaded(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> 
 
 def _more_devices(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> Proposal | None:
     """More of the first accelerator, one process."""
-    names = accelerators(limits)
-    if not names or setting.ranks > 1:
+    names, size = accelerators(limits), _size_of_first(limits)
+    if size is None or setting.ranks > 1:
         return None
-    fewest = max(len(names) + 1, sum(device.weight_bytes for device in found.devices) // limits[names[0]])
+    fewest = max(len(names) + 1, sum(device.weight_bytes for device in found.devices) // size)
     return _first_that_fits(
-        ((_of_size(n, limits), "", setting, _fleet(n, limits)) for n in range(fewest, _MOST_DEVICES + 1)), solve
+        ((_of_size(n, size), "", setting, _fleet(n, size)) for n in range(fewest, _MOST_DEVICES + 1)), solve
     )
 
 
 def _more_ranks(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> Proposal | None:
     """More of the first accelerator, a rank on each."""
-    names = accelerators(limits)
-    if not names:
+    names, size = accelerators(limits), _size_of_first(limits)
+    if size is None:
         return None
     counts = (n for n in range(max(2, len(names)), _MOST_DEVICES + 1) if n != setting.tp)
     return _first_that_fits(
         (
-            (_of_size(n, limits), f"--tp {n}", replace(setting, tp=n, pp=1), _fleet(n, limits))
+            (_of_size(n, size), f"--tp {n}", replace(setting, tp=n, pp=1), _fleet(n, size))
             for n in counts
             if n > len(names) or setting.ranks > 1
         ),
@@ -115,10 +115,14 @@ def _more_ranks(found: Plan, setting: Setting, limits: Limits, solve: Solver) ->
     )
 
 
-def _fleet(n: int, limits: Limits) -> Limits:
-    size = limits[accelerators(limits)[0]]
+def _size_of_first(limits: Limits) -> int | None:
+    """Bytes of the first accelerator; None where there is none, or nothing says."""
+    return next((limits[name] for name in accelerators(limits)), None)
+
+
+def _fleet(n: int, size: int) -> Limits:
     return {f"cuda:{index}": size for index in range(n)}
 
 
-def _of_size(n: int, limits: Limits) -> str:
-    return f"{n} devices of {byte_size(limits[accelerators(limits)[0]])}"
+def _of_size(n: int, size: int) -> str:
+    return f"{n} devices of {byte_size(size)}"

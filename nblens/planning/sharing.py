@@ -161,14 +161,15 @@ class _Load:
     """What a setting of a model asks for, wherever it is."""
 
     def __init__(self, blueprint: Blueprint, setting: Setting) -> None:
-        self.blueprint, self.setting = blueprint, setting
+        assert setting.context is not None  # who plans has settled it
+        self.blueprint, self.setting, self.context = blueprint, setting, setting.context
         self.sizes = blueprint.shard_sizes(setting.tp)
 
     @cached_property
     def cache(self) -> list[int]:
         """Bytes of each block's keys and values."""
         share = self.setting.tp if self.blueprint.shards_cache else 1
-        sizes = self.blueprint.cache_sizes(self.setting.context)
+        sizes = self.blueprint.cache_sizes(self.context)
         return [self.setting.batch * -(-size // share) for size in sizes]
 
     @property
@@ -205,7 +206,7 @@ class _Load:
         layer = max(self.cache, default=0)
         # keys and values are copied to grow, and repeated for the heads that share them
         group = blueprint.n_heads // max(1, blueprint.n_kv_heads)
-        attention = layer + (layer * group if group > 1 else 0) + tokens * setting.context * (1 + itemsize)
+        attention = layer + (layer * group if group > 1 else 0) + tokens * self.context * (1 + itemsize)
         overhead = _CPU_OVERHEAD if device.startswith("cpu") else _ACCELERATOR_OVERHEAD
         return streams + widest + attention + blueprint.dequantized + overhead
 

@@ -85,12 +85,12 @@ class _Norm:
         device, dtype = output_device(architecture), architecture.dtype
         signs = torch.ones(width, device=device, dtype=dtype)
         signs[1::2] = -1  # of mean 0 and size 1, but for an odd width
-        self.shift = module(torch.zeros((1, width), device=device, dtype=dtype))[0].double()
+        self.shift: torch.Tensor = module(torch.zeros((1, width), device=device, dtype=dtype))[0].double()
         moved = module((_LARGE * signs + 4 * _LARGE)[None])[0].double() - self.shift
         still = module((_LARGE * signs)[None])[0].double() - self.shift
         self._centers = bool((moved - still).abs().max() < 0.1 * still.abs().max())
         probe = self.center(_LARGE * signs.double()[None])[0]
-        self.weight = still / probe * probe.square().mean().sqrt()
+        self.weight: torch.Tensor = still / probe * probe.square().mean().sqrt()
 
     def center(self, hidden: torch.Tensor) -> torch.Tensor:
         """P(h)."""
@@ -98,7 +98,7 @@ class _Norm:
 
     def scales(self, hidden: torch.Tensor) -> torch.Tensor:
         """1/σ of each row, by least squares; refuses a norm that is not of this form."""
-        normed = self.module(hidden).double() - self.shift
+        normed: torch.Tensor = self.module(hidden).double() - self.shift
         unscaled = self.weight * self.center(hidden.double())
         scales = (normed * unscaled).sum(-1) / unscaled.square().sum(-1).clamp(min=1e-30)
         error = (normed - scales[:, None] * unscaled).abs().max()
@@ -124,9 +124,9 @@ def _matrix(module: nn.Module, family: str, rows: list[int] | None = None) -> tu
     from accelerate.utils import align_module_device
 
     with align_module_device(module):
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or weight.is_meta or type(weight.data) is not torch.Tensor:
+        if not isinstance(module, nn.Linear) or module.weight.is_meta or type(module.weight.data) is not torch.Tensor:
             raise UnsupportedModelError(f"{family}: the weight of its {type(module).__name__} cannot be read here")
+        weight = module.weight
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
         chosen = slice(None) if rows is None else rows
         return weight[chosen], bias[chosen]

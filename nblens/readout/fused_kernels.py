@@ -4,6 +4,9 @@ Not run on a GPU by this project. Tests run their arithmetic under Triton's inte
 GPU: to its matrix instructions and its bulk copies, with few registers spilled to memory.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# A kernel's arguments are what Triton makes of them, pointers and values of a processor; triton.jit has no type at all.
+
 import triton
 import triton.language as tl
 

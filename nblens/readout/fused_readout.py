@@ -193,6 +193,7 @@ class FusedReadout:
             kept = torch.empty((n, span), dtype=torch.float32, device=hidden.device)
         request: dict[str, Any] = {"final": final, "kept": kept, "wanted": None, "thresholds": None}
         if thresholds is not None:
+            assert wanted is not None  # thresholds are theirs
             # −inf is a logit like any other to the kernel, whose own stand at its floor
             request |= {"wanted": wanted.contiguous(), "thresholds": thresholds.clamp(min=_FLOOR).contiguous()}
         for start in range(0, n_columns, span):
@@ -223,12 +224,15 @@ class FusedReadout:
         stats = OnlineSoftmax(len(hidden), top_k, wanted, thresholds=own, entropy=True, final=final)
         self.read(stats, hidden, top_k, wanted=wanted, thresholds=own, found=own, final=final)
         p, largest = logprobs.exp(), logprobs.topk(top_k).values
+        entropy, kl_to_final = stats.entropy, stats.kl_to_final
+        assert entropy is not None  # it was asked for, and so was the other
+        assert kl_to_final is not None
         pairs = [
             (stats.top[1], largest),
             (logprobs.gather(-1, stats.top[0] - self.first), largest),
             (stats.wanted[0], logprobs.gather(-1, columns[:, None].expand(len(hidden), -1, -1))),
-            (stats.entropy, -(p * logprobs).sum(-1)),
-            (stats.kl_to_final, (p * (logprobs - logprobs[final])).sum(-1)),
+            (entropy, -(p * logprobs).sum(-1)),
+            (kl_to_final, (p * (logprobs - logprobs[final])).sum(-1)),
         ]
         return max((one.double() - other).abs().max().item() for one, other in pairs)
 
@@ -350,6 +354,6 @@ def _power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _on(device: torch.device) -> AbstractContextManager:
+def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -119,7 +119,7 @@ class OnlineSoftmax:
         place: tuple[slice, slice],
         shifted: torch.Tensor,
         shrink: torch.Tensor,
-        scratch: torch.Tensor,
+        scratch: torch.Tensor | None,
         final_tile: torch.Tensor | None,
     ) -> None:
         """Rescale the sums to the new maxima, then add the tile's share."""
@@ -213,7 +213,7 @@ class OnlineSoftmax:
     def named(self, numbers: torch.Tensor, top_k: int) -> dict[str, torch.Tensor]:
         """Views of what `_packed` put together, (…, width): (…,) each, or (…, k), (…, n_wanted); integers int32."""
         widths = self._widths(top_k)
-        named = dict(zip(widths, numbers.split(list(widths.values()), -1), strict=True))
+        named = dict(zip(widths, numbers.split_with_sizes(list(widths.values()), -1), strict=True))
         for name in named.keys() & {"top_ids", "above"}:
             named[name] = named[name].view(torch.int32)
         return {name: values.squeeze(-1) if name in _SCALARS else values for name, values in named.items()}
@@ -273,7 +273,7 @@ def top_of_rows(tile: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     n_groups = tile.shape[-1] // _GROUP
     if 4 * k > n_groups:
         return tile.topk(k, dim=-1)
-    grouped = tile[..., : n_groups * _GROUP].unflatten(-1, (n_groups, _GROUP))
+    grouped = torch.unflatten(tile[..., : n_groups * _GROUP], -1, (n_groups, _GROUP))
     groups = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
     inside = torch.arange(_GROUP, device=tile.device)
     columns = (groups[..., None] * _GROUP + inside).flatten(-2)

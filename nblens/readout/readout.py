@@ -369,11 +369,12 @@ class _Head:
         return self._picked(normed, rows, kernels).masked_fill(~here, -torch.inf)
 
     def _picked(self, normed: torch.Tensor, rows: torch.Tensor, kernels: FusedReadout | None) -> torch.Tensor:
-        columns, place = rows.unique(return_inverse=True)
+        columns: torch.Tensor
+        columns, place = torch.unique(rows, return_inverse=True)
         if not self.sliceable:
-            parts = normed.flatten(0, 1).split(self._whole_rows)
-            logits = torch.cat([self._all(part)[:, columns] for part in parts]).unflatten(0, normed.shape[:2])
-            return logits.gather(-1, place.expand(len(normed), -1, -1))
+            parts = torch.split(normed.flatten(0, 1), self._whole_rows)
+            flat = torch.cat([self._all(part)[:, columns] for part in parts])
+            return torch.unflatten(flat, 0, normed.shape[:2]).gather(-1, place.expand(len(normed), -1, -1))
         if kernels is not None:
             return torch.stack([kernels.logits(slot, columns).gather(-1, place) for slot in normed])
         weight, bias = self._rows(columns, normed.dtype)

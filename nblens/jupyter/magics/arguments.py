@@ -11,7 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from nblens.errors import UserError
 from nblens.lens.trajectory import METRICS
@@ -65,7 +65,7 @@ class MagicParser(argparse.ArgumentParser):
         self.options |= dict.fromkeys(names, action)
         return action
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of ending the process."""
         raise UserError(f"{self.prog}: {message.removeprefix('argument ')}")
 

@@ -19,8 +19,11 @@ __all__ = ["complete_line", "match_magic"]
 _LINE = re.compile(r"\s*(?:[\w.]+\s*=\s*)?(%%?)(load_sharded|lens|steer|generate)\s+(.*)", re.DOTALL)
 _PARSERS = {"load_sharded": LOAD, "lens": LENS, "generate": GENERATE}
 
+_Matcher = Callable[[CompletionContext], SimpleMatcherResult]
+_takes_context: Callable[[_Matcher], _Matcher] = context_matcher(identifier="nblens")
 
-@context_matcher(identifier="nblens")
+
+@_takes_context
 def match_magic(context: CompletionContext) -> SimpleMatcherResult:
     """Options, vector names, metrics, sites and layers; nothing inside a prompt."""
     match = _LINE.fullmatch(context.text_until_cursor)

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_cell_magic, line_magic, magics_class
-from IPython.display import display
 
 from nblens.errors import (
     DeviceMemoryError,
@@ -37,6 +36,7 @@ from nblens.errors import (
 from nblens.files import replace_file
 from nblens.jupyter import cell_widgets
 from nblens.jupyter import display as shown
+from nblens.jupyter.cell_output import display
 from nblens.jupyter.magics import steer_commands
 from nblens.jupyter.magics.arguments import GENERATE, LENS, LOAD, MagicParser, coefficients, contrast_pairs
 from nblens.jupyter.magics.completion import match_magic
@@ -116,6 +116,8 @@ def _described(line_parser: MagicParser, cell_parser: MagicParser | None = None)
 @magics_class
 class NblensMagics(Magics):
     """The magics of nblens."""
+
+    shell: InteractiveShell  # that they are registered with
 
     @line_magic
     @_described(LOAD)
@@ -240,10 +242,11 @@ class NblensMagics(Magics):
         return _run(lambda: steer_commands.extract_vector(session, options, name, pairs))
 
     def _prompt(self, options: Namespace, body: str | None) -> str:
+        text: str = options.text
         if body is None:
-            return options.text
-        if options.text:
-            raise UserError(f"the prompt of a cell is its body; {options.text[:40]!r} stands on the magic's line")
+            return text
+        if text:
+            raise UserError(f"the prompt of a cell is its body; {text[:40]!r} stands on the magic's line")
         return self._expanded(body) if options.template else body
 
     def _expanded(self, body: str) -> str:

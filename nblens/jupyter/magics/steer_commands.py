@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from IPython.display import display
-
 from nblens.errors import UserError
 from nblens.jupyter import display as shown
+from nblens.jupyter.cell_output import display
 from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.magics.arguments import coefficients
 from nblens.jupyter.magics.steer_arguments import COMMANDS, check_options

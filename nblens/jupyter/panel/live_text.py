@@ -205,6 +205,7 @@ class LiveRunner:
         with self._lock:
             if self._session.backend is None:
                 raise NoModelError("the model was unloaded while the panel waited for it")
+            assert self._wanted is not None  # as long as a generation goes on
             stream = self._stream = self._session.backend.stream(spec)
             if self._cancelled:
                 stream.cancel()
