@@ -266,7 +266,7 @@ def _check_spread(spread: bool, **refused: Any) -> None:
 
 
 def _runs_here(ray: str | None) -> bool:
-    """Whether the ranks share this machine's devices, whose memory is known."""
+    """Tell whether the ranks share this machine's devices, whose memory is known."""
     return ray is None and not os.environ.get("RAY_ADDRESS")
 
 
@@ -293,7 +293,7 @@ def _checked_plan(
     devices: str | Mapping[str, Any],
     max_memory: Mapping[int | str, int | str] | None,
 ) -> Plan:
-    """What goes where on this machine; a model that does not fit is refused with the plan."""
+    """Plan what goes where on this machine; a model that does not fit is refused with the plan."""
     if is_description(devices):
         max_memory, devices = {**devices, **(max_memory or {})}, "auto"
     device_map = devices if isinstance(devices, Mapping) else None
@@ -312,7 +312,7 @@ def _freed() -> dict[str, int]:
 
 
 def _as_planned(planned: Plan) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a model into this process as planned."""
+    """Return what `from_pretrained` needs to load a model into this process as planned."""
     assert planned.device_map is not None  # no ranks
     dtype = named_dtype(planned.dtype)
     options = {"dtype": dtype, "device_map": dict(planned.device_map)}

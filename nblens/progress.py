@@ -14,7 +14,7 @@ __all__ = ["progress_bar"]
 
 @contextmanager
 def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterator[Callable[[Event], None]]:
-    """What shows a request's events as a bar, where there are two seconds of them or more.
+    """Show a request's events as a bar, where there are two seconds of them or more.
 
     Parameters
     ----------

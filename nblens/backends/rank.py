@@ -109,7 +109,7 @@ class Rank:
             torch.set_num_threads(threads)
 
     def address(self) -> tuple[str, int]:
-        """Where the ranks may meet: rank 0 is asked, and listens there, at its own address alone."""
+        """Return where the ranks may meet: rank 0 is asked, and listens there, at its own address alone."""
         host = _own_address()
         self._meeting = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         return host, self._meeting.getsockname()[1]
@@ -177,7 +177,7 @@ class Rank:
 
     @ray.method(concurrency_group="ctl")
     def news(self) -> News:
-        """How far it has loaded, and what was logged since the last question."""
+        """Tell how far it has loaded, and what was logged since the last question."""
         return self._reporter.news()
 
     @ray.method(concurrency_group="ctl")
@@ -186,7 +186,7 @@ class Rank:
         return os.getpid()
 
     def check(self) -> bool:
-        """Whether all ranks still reach each other."""
+        """Try whether all ranks still reach each other."""
         from torch import distributed
 
         try:
@@ -232,7 +232,7 @@ class Rank:
         return None
 
     def _control(self, number: int) -> AgreedControl | None:
-        """What reaches a request from outside; None where it has ended."""
+        """Find what reaches a request from outside; None where it has ended."""
         with self._lock:
             if number > self._done and number not in self._controls:
                 self._controls[number] = AgreedControl(self._ranks, number)

@@ -65,7 +65,7 @@ class Reporter(logging.Handler):
         self._logged.append((record.levelno, record.getMessage().strip()))
 
     def news(self) -> News:
-        """What there is to tell, once."""
+        """Hand out what there is to tell, once."""
         logged = tuple(self._logged.popleft() for _ in range(len(self._logged)))
         return News(*self._progress, logged)
 

@@ -377,7 +377,7 @@ def _loopback() -> Iterator[None]:
 
 
 def _death(rank: int, error: Exception) -> Failure:
-    """What it means that a rank does not answer."""
+    """Say what it means that a rank does not answer."""
     return Failure(rank, time.time(), f"its process died ({first_line(error)})", died=True)
 
 

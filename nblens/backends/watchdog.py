@@ -34,7 +34,7 @@ class Watchdog:
         )
 
     def release(self) -> None:
-        """What was watched shall end now."""
+        """Let what was watched end now."""
         assert self._watcher.stdin is not None  # a pipe
         self._watcher.stdin.close()
         threading.Thread(target=self._watcher.wait, daemon=True).start()  # nobody else takes note of its end

@@ -73,7 +73,7 @@ class Recipe:
 
 
 def _word_counts(n_documents: int) -> Counter[str]:
-    """How often each pre-token (byte-level, with its leading space) occurs in the corpus."""
+    """Count how often each pre-token (byte-level, with its leading space) occurs in the corpus."""
     split = _pre_tokenizer()
     counts: Counter[str] = Counter()
     for part in ("train", "heldout"):
@@ -237,7 +237,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def exit_after(recipe: Recipe, step: int) -> int:
-    """How many blocks this step runs."""
+    """Draw how many blocks this step runs."""
     rng = random.Random(f"exit-{recipe.seed}-{step}")
     if recipe.n_layers <= 4 or rng.random() >= recipe.early_exit_share:
         return recipe.n_layers

@@ -27,7 +27,7 @@ _STYLE = (
 
 
 def behind_pages() -> bool:
-    """Whether cells are run by a kernel, whose pages can show widgets; a terminal's cannot."""
+    """Tell whether cells are run by a kernel, whose pages can show widgets; a terminal's cannot."""
     return getattr(get_ipython(), "kernel", None) is not None
 
 

@@ -93,7 +93,7 @@ def encode_answers(
 
 
 def n_shared(sequences: Sequence[Sequence[object]]) -> int:
-    """How many items sequences have in common at their beginning."""
+    """Count the items that sequences have in common at their beginning."""
     unlike = (place for place, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1)
     return next(unlike, min(map(len, sequences)))
 

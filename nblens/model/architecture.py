@@ -107,7 +107,7 @@ class Architecture:
         return ModelFacts(self.family, self.n_blocks, self.d_model, self.vocab_size, self.dtype)
 
     def has(self, block: int) -> bool:
-        """Whether a block runs in this process."""
+        """Tell whether a block runs in this process."""
         return self.stage is None or block in self.stage.blocks
 
     def whole(self, states: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
@@ -223,14 +223,14 @@ def logit_tolerance(logits: torch.Tensor, dtype: torch.dtype) -> float:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go; the weights of an offloaded embedding wait on "meta" and are brought there when it runs."""
+    """Find where token ids go; an offloaded embedding's weights wait on "meta" and are brought there when it runs."""
     embedding = model.get_input_embeddings()
     here = next(embedding.parameters(), None) is not None  # else it is in another process
     return torch.device(_execution_device(embedding if here else model))
 
 
 def output_device(architecture: Architecture) -> torch.device:
-    """Where the lm_head computes."""
+    """Find where the lm_head computes."""
     return torch.device(_execution_device(architecture.lm_head))
 
 

@@ -213,7 +213,7 @@ class _Equations:
         return BlockSites(found, missing)
 
     def _sums_to(self, total: torch.Tensor, *parts: torch.Tensor) -> bool:
-        """Whether the parts add up to the total, and none could be left out unnoticed.
+        """Tell whether the parts add up to the total, and none could be left out unnoticed.
 
         Element by element, beside the magnitudes that were added: a few huge dimensions, which large models have, hide
         nothing.
@@ -228,7 +228,7 @@ class _Equations:
 
 
 def _alike(shape: torch.Size, stream: torch.Size) -> bool:
-    """Whether a tensor is laid out as the residual stream, (rows, width, d_model), or flattened over rows."""
+    """Tell whether a tensor is laid out as the residual stream, (rows, width, d_model), or flattened over rows."""
     return shape == stream or (shape[-1:] == stream[-1:] and len(shape) == 2 and shape.numel() == stream.numel())
 
 

@@ -90,7 +90,7 @@ class CaptureBuffer:
         self._used += rows * width
 
     def has_room_for(self, tokens: int) -> bool:
-        """Whether another step of so many tokens (padding counted) fits."""
+        """Tell whether another step of so many tokens (padding counted) fits."""
         return self._used + tokens <= self._capacity
 
     def drain(self) -> tuple[dict[str, torch.Tensor], list[RowSpan]]:

@@ -15,7 +15,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def tensor_ranks(tp: int, ep: int) -> int:
-    """How many ranks share what is not an expert: with `ep` alone, as many as share the experts."""
+    """Tell how many ranks share what is not an expert: with `ep` alone, as many as share the experts."""
     return ep if tp == 1 else tp
 
 

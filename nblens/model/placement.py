@@ -135,7 +135,7 @@ def free_memory(device: str) -> tuple[int | None, int | None]:
 
 
 def _cgroup_memory() -> tuple[int | None, int]:
-    """What this process's container may use, and uses; file pages that can be dropped do not count."""
+    """Read what this process's container may use, and uses; file pages that can be dropped do not count."""
     folder = Path("/sys/fs/cgroup")
     try:
         allowed = int((folder / "memory.max").read_text())

@@ -84,7 +84,7 @@ def find_quantization(name: str | None) -> Quantization | None:
 
 
 def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> QuantizationConfigMixin:
-    """What `from_pretrained` takes as `quantization_config`.
+    """Make what `from_pretrained` takes as `quantization_config`.
 
     Parameters
     ----------

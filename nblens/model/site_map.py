@@ -25,7 +25,7 @@ class SiteMap:
         self._blocks: list[BlockSites] | None = None
 
     def locate(self, site: str, block: int) -> SiteLocation:
-        """Where to hook a site of one block.
+        """Find where to hook a site of one block.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class SiteMap:
 
 
 def _of_all_stages(blocks: list[BlockSites], stage: Stage) -> list[BlockSites]:
-    """What is missing in each block, by the process that runs it."""
+    """Gather what is missing in each block, by the process that runs it."""
     known = {block: replace(blocks[block], found={}) for block in stage.blocks}
     everywhere = {block: sites for part in stage.gather(known) for block, sites in part.items()}
     return [blocks[block] if block in stage.blocks else everywhere[block] for block in range(len(blocks))]

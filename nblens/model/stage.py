@@ -41,13 +41,13 @@ class Stage:
         return whole
 
     def tell(self, value: Any = None) -> Any:
-        """What the last stage says, on all of them."""
+        """Return what the last stage says, on all of them."""
         said = [value]
         torch.distributed.broadcast_object_list(said, src=self._last, group=self._group)
         return said[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every stage says, in their order."""
+        """Return what every stage says, in their order."""
         said: list[Any] = [None] * torch.distributed.get_world_size(self._group)
         torch.distributed.all_gather_object(said, value, group=self._group)
         return said

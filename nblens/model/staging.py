@@ -26,7 +26,7 @@ _PASS = "pass"
 
 
 def find_staged_architecture(model: PreTrainedModel) -> Architecture:
-    """What `find_architecture` finds on the last stage, which has the lm_head, on every stage.
+    """Find on every stage what `find_architecture` finds on the last one, which has the lm_head.
 
     The others take part in each of its forward passes, and get its norm and lm_head.
     """

@@ -111,7 +111,7 @@ class Blueprint:
         return f"{self.head_path}.weight" not in self.sizes
 
     def is_expert(self, name: str) -> bool:
-        """Whether a parameter is one of experts of which each token uses a few."""
+        """Tell whether a parameter is one of experts of which each token uses a few."""
         return bool(_EXPERTS.search(name))
 
     def cache_sizes(self, tokens: int) -> tuple[int, ...]:

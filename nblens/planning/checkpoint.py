@@ -41,7 +41,7 @@ _BITS = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
 def source_of(model: str | None) -> str:
-    """Where a model is loaded from: an id or a folder; None is the model that comes with nblens."""
+    """Return where a model is loaded from: an id or a folder; None is the model that comes with nblens."""
     return str(Path(__file__).parents[1] / "demo" / "weights") if model is None else model
 
 
@@ -151,7 +151,7 @@ def _bits(dtype: str) -> int:
 
 
 def checkpoint_dtype(config: Any, headers: Headers | None) -> torch.dtype:
-    """What `dtype="auto"` loads, as in transformers: what the configuration names, else the first floating type."""
+    """Find what `dtype="auto"` loads in transformers: what the configuration names, else the first floating type."""
     text = config.get_text_config(decoder=True)
     named = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     if named is not None:

@@ -26,7 +26,7 @@ _DEVICE = re.compile(r"(cuda|xpu|npu|mps)(:\d+)?|cpu|disk")
 
 
 def device_name(device: Any) -> str:
-    """What torch calls a device: `0` and `"0"` are `cuda:0`."""
+    """Return what torch calls a device: `0` and `"0"` are `cuda:0`."""
     name = str(device)
     if name.isdecimal():
         return f"cuda:{name}"
@@ -34,7 +34,7 @@ def device_name(device: Any) -> str:
 
 
 def is_description(devices: Any) -> TypeGuard[Mapping[Any, int | str]]:
-    """Whether it is a mapping of devices to memory, and no accelerate `device_map` (of modules to devices)."""
+    """Tell whether it maps devices to memory, and is no accelerate `device_map` (of modules to devices)."""
     return isinstance(devices, Mapping) and all(_DEVICE.fullmatch(device_name(key)) for key in devices)
 
 
@@ -58,7 +58,7 @@ def described_limits(description: Mapping[Any, int | str]) -> dict[str, int]:
 
 
 def limits_here(devices: Any, max_memory: Mapping[Any, int | str] | None, freed: Mapping[str, int]) -> Limits:
-    """What may be used on this machine.
+    """Find what may be used on this machine.
 
     Parameters
     ----------

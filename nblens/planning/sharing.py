@@ -138,7 +138,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _excess(blueprint: Blueprint, setting: Setting, limits: Limits, device_map: Mapping[str, Any]) -> dict[str, int]:
-    """By how much each device would be overfull."""
+    """Tell by how much each device would be overfull."""
     _, plans = device_plans(blueprint, setting, limits, device_map)
     return {plan.device: -plan.left_bytes for plan in plans if plan.left_bytes is not None and plan.left_bytes < 0}
 
@@ -320,7 +320,7 @@ def _block_of(blueprint: Blueprint, name: str) -> int | None:
 
 
 def _device_of(name: str, device_map: Mapping[str, Any]) -> str:
-    """Where a parameter goes: what its innermost module in the map says."""
+    """Find where a parameter goes: what its innermost module in the map says."""
     path = name
     while path not in device_map and path:
         path = path.rpartition(".")[0]

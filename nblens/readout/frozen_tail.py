@@ -67,7 +67,7 @@ class FrozenTail:
         self.bias = total * architecture.transform.scale
 
     def scales(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What each token's final norm multiplies with, 1/σ, float64 (n,), of last residuals (n, d_model)."""
+        """Measure what each token's final norm multiplies with, 1/σ, float64 (n,), of last residuals (n, d_model)."""
         if self._norm is None:
             return torch.ones(len(hidden), dtype=torch.float64, device=hidden.device)
         for module in self._architecture.tail:

@@ -55,7 +55,7 @@ def store_logits(
 
 @triton.jit
 def _place_of_program(n_slots, n_rows, n_parts, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Which slot, first row and part of the columns this program reads.
+    """Find which slot, first row and part of the columns this program reads.
 
     Programs that run at the same time share the rows of a GROUP of tiles, and few parts: both then stay in the L2
     cache. Programs with rows of their own would fetch these again from memory for every tile of columns.

@@ -72,7 +72,7 @@ _FLOAT32_TILING = Tiling(32, 64, 16, 4, 3)
 
 
 def runs_fast(weight: torch.Tensor) -> bool:
-    """Whether this is a device and a type for which the kernels are made."""
+    """Tell whether this is a device and a type for which the kernels are made."""
     if weight.device.type != "cuda" or torch.version.hip or weight.dtype not in _HALF or find_spec("triton") is None:
         return False
     properties = torch.cuda.get_device_properties(weight.device)
@@ -82,7 +82,7 @@ def runs_fast(weight: torch.Tensor) -> bool:
 
 
 def can_read(hidden: torch.Tensor, weight: torch.Tensor, top_k: int, n_counted: int) -> bool:
-    """Whether the kernels can do what is asked for with these tensors."""
+    """Tell whether the kernels can do what is asked for with these tensors."""
     return (
         weight.dtype in (*_HALF, torch.float32)
         and (hidden.dtype, hidden.device) == (weight.dtype, weight.device)
@@ -96,7 +96,7 @@ def can_read(hidden: torch.Tensor, weight: torch.Tensor, top_k: int, n_counted: 
 
 
 def _can_be_copied(tensor: torch.Tensor) -> bool:
-    """Whether the bulk copy engine can fetch tiles of it."""
+    """Tell whether the bulk copy engine can fetch tiles of it."""
     strides = tensor.stride()
     bytes_apart = [stride * tensor.itemsize for stride in strides[:-1]]
     return strides[-1] == 1 and all(size % 16 == 0 for size in (*bytes_apart, tensor.data_ptr()))
@@ -303,7 +303,7 @@ class FusedReadout:
             )
 
     def _product(self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> dict[str, Any]:
-        """What both kernels are told of the logits of (n_slots, n, d) rows."""
+        """Put together what both kernels are told of the logits of (n_slots, n, d) rows."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         tiling = self.tiling
@@ -324,7 +324,7 @@ class FusedReadout:
         }
 
     def _parts(self, row_tiles: int, n_columns: int) -> tuple[int, int]:
-        """How many parts so many columns are cut into, and the tiles of each."""
+        """Choose how many parts so many columns are cut into, and the tiles of each."""
         device = self.weight.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         tiles = math.ceil(n_columns / self.tiling.columns)
@@ -333,7 +333,7 @@ class FusedReadout:
 
 
 def _side_by_side(rows: torch.Tensor) -> bool:
-    """Whether the slots' rows are to be read as one: they lie so, or are few enough to be copied."""
+    """Tell whether the slots' rows are to be read as one: they lie so, or are few enough to be copied."""
     return rows.is_contiguous() or rows.numel() <= _FEW_ELEMENTS
 
 

@@ -242,7 +242,7 @@ class Readout:
         return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
 
     def _kernels(self, normed: torch.Tensor, top_k: int, n_counted: int, final: int | None) -> FusedReadout | None:
-        """What reads such a request in one kernel; None: to be read by tiles."""
+        """Make what reads such a request in one kernel; None: to be read by tiles."""
         if self._fused is False or not self._head.sliceable:
             return None
         weight, bias = self._head.held

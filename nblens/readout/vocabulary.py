@@ -31,7 +31,7 @@ class VocabularyShard:
     group: ProcessGroup | None
 
     def gather(self, own: torch.Tensor) -> list[torch.Tensor]:
-        """What every rank has for `own`, in the order of the vocabulary."""
+        """Collect what every rank has for `own`, in the order of the vocabulary."""
         from torch import distributed
 
         parts = [torch.empty_like(own) for _ in range(distributed.get_world_size(self.group))]
@@ -39,7 +39,7 @@ class VocabularyShard:
         return parts
 
     def inside(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which ids are here, and their rows; some row for the others."""
+        """Tell which ids are here, and their rows; some row for the others."""
         rows = ids - self.first
         here = (rows >= 0) & (rows < len(self.weight))
         return here, rows.clamp(0, max(0, len(self.weight) - 1))

@@ -36,7 +36,7 @@ def match_magic(context: CompletionContext) -> SimpleMatcherResult:
 
 
 def complete_line(parser: MagicParser, line: str) -> tuple[str, list[str]]:
-    """What is being typed at the end of a line, and all that could stand there."""
+    """Find what is being typed at the end of a line, and all that could stand there."""
     *before, fragment = re.split(r"\s+", line)
     words, awaiting = _read(parser, before)
     option, equals, value = fragment.partition("=")

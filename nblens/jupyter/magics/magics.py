@@ -301,7 +301,7 @@ def _check_view(options: Namespace) -> None:
 
 
 def _growing(options: Namespace) -> GrowingGrid | None:
-    """What shows the run while it goes on, where somebody can see it."""
+    """Make what shows the run while it goes on, where somebody can see it."""
     if options.plot or options.static or options.silent or not behind_pages():
         return None
     from nblens.jupyter.grid.live_grid import GrowingGrid
@@ -325,7 +325,7 @@ def _figure(obj: Any, metric: str) -> Any:
 
 
 def _writer(options: Namespace) -> Callable[[Any], None]:
-    """What writes the result to the file that was named; a name that cannot be written is refused before the run."""
+    """Make what writes the result to the named file; a name that cannot be written is refused before the run."""
     path, metric = Path(options.save).expanduser(), options.metric
     what, kinds = "a trajectory is", [".html", *_PICTURES, ".json", ".safetensors"]
     if options.compare:

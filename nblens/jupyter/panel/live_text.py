@@ -44,7 +44,7 @@ class LiveRequest:
         return {s.key: (None, None if s.name in self.off else s.coefficient) for s in self.steers}
 
     def differs_in_strength_alone(self, other: LiveRequest) -> bool:
-        """Whether a run of this request can go on as the other one."""
+        """Tell whether a run of this request can go on as the other one."""
         return self._unchangeable == other._unchangeable
 
     @property

@@ -103,11 +103,11 @@ class PanelState:
         return replace(self, **{field: _OPTIONS[field](value)})
 
     def steers(self, session: Session) -> tuple[Steer, ...]:
-        """How each vector is written, in the panel's order, those that are off included."""
+        """Return how each vector is written, in the panel's order, those that are off included."""
         return tuple(self._steer(session, row) for row in self.rows)
 
     def request(self, session: Session) -> LiveRequest:
-        """What to generate."""
+        """Return what to generate."""
         off = frozenset(row.name for row in self.rows if not row.on)
         return LiveRequest(self.prompt, self.steers(session), off, self.max_new_tokens, self.temperature, self.seed)
 
