@@ -1,4 +1,4 @@
-r"""Tokens and numbers as a person sees them: the same in HTML, in figures and in text.
+r"""Tokens, numbers and texts as a person sees them: the same in HTML, in figures and in text.
 
 >>> visible(" Paris\n")
 '·Paris⏎'
@@ -6,12 +6,15 @@ r"""Tokens and numbers as a person sees them: the same in HTML, in figures and i
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
+from itertools import groupby, zip_longest
 
 __all__ = [
     "aligned",
     "byte_size",
+    "changed_words",
     "display_width",
     "fit",
     "percent",
@@ -92,3 +95,62 @@ def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in cells
     ]
+
+
+def changed_words(
+    one: str, other: str, *, growing: bool = False
+) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Each text in parts, with whether the other text lacks their words.
+
+    >>> changed_words("a good day", "an awful day")
+    ([('a good', True), (' day', False)], [('an awful', True), (' day', False)])
+
+    Parameters
+    ----------
+    one, other : str
+    growing : bool
+        More may follow in both: words are paired only where nothing that follows can pair them otherwise, so that a
+        word once found in the other text stays found.
+    """
+    words = _words(one), _words(other)
+    bare = [[word.strip() for word in side] for side in words]
+    found: tuple[set[int], set[int]] = set(), set()
+    start, start_other = 0, 0
+    while pair := _nearest_pair(bare[0][start:], bare[1][start_other:], growing):
+        found[0].add(start + pair[0])
+        found[1].add(start_other + pair[1])
+        start, start_other = start + pair[0] + 1, start_other + pair[1] + 1
+    return _marked(words[0], found[0]), _marked(words[1], found[1])
+
+
+def _words(text: str) -> list[str]:
+    """Words, each with the space before it: joined again they are the text."""
+    return re.findall(r"\s*\S+|\s+$", text)
+
+
+def _nearest_pair(one: list[str], other: list[str], growing: bool) -> tuple[int, int] | None:
+    """Places of the first word that both have, looked for as far in the one as in the other.
+
+    A longest common subsequence, which looks at all at once, would pair words anew with each one that comes.
+    """
+    places: dict[str, int] = {}
+    places_other: dict[str, int] = {}
+    for place, (word, word_other) in enumerate(zip(one, other, strict=False) if growing else zip_longest(one, other)):
+        places.setdefault(word, place)
+        places_other.setdefault(word_other, place)
+        pairs = [(place, places_other[word])] if word in places_other else []
+        if word_other in places:
+            pairs.append((places[word_other], place))
+        if pairs:
+            return min(pairs, key=sum)
+    return None
+
+
+def _marked(words: list[str], found: set[int]) -> list[tuple[str, bool]]:
+    """Stretches of words that are found alike, without a mark on the space before them."""
+    parts = []
+    for changed, places in groupby(range(len(words)), lambda place: place not in found):
+        text = "".join(words[place] for place in places)
+        space = text[: len(text) - len(text.lstrip())] if changed else ""
+        parts += [(space, False), (text.removeprefix(space), changed)]
+    return [part for part in parts if part[0]]

@@ -1,3 +1,5 @@
+import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +9,7 @@ from matplotlib.colors import to_hex
 from trajectories import made_up, made_up_pair
 
 from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, cell_values, changed_values, contrast, ink
-from nblens.text import display_width, fit, percent, plain, short_number, visible
+from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible
 
 
 @pytest.mark.parametrize("color", [*MAGNITUDE_COLORS, *DIFFERENCE_COLORS])
@@ -126,3 +128,75 @@ def test_probabilities_keep_two_digits(probability, shown):
 @pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (-1.234, "−1.23"), (10_000, "10k"), (5_440_000, "5.44M")])
 def test_numbers_are_short(value, shown):
     assert short_number(value) == shown
+
+
+def marked(one, other, **options):
+    """The words that only one of two texts has."""
+    return tuple(
+        [word for text, changed in side if changed for word in text.split()]
+        for side in changed_words(one, other, **options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "changed"),
+    [
+        ("a b c", "a b c", ([], [])),
+        ("a b c", "a x c", (["b"], ["x"])),
+        ("a b", "a b c d", ([], ["c", "d"])),
+        ("", "a", ([], ["a"])),
+        ("the cat sat on the mat", "the dog sat on a mat", (["cat", "the"], ["dog", "a"])),
+        ("x y z q w", "q w", (["x", "y", "z"], [])),
+        ("one\ntwo", " one two \n", ([], [])),
+    ],
+)
+def test_changed_words(one, other, changed):
+    assert marked(one, other) == changed
+
+
+def test_parts_are_the_text_and_marks_begin_with_a_word():
+    rng = random.Random(0)
+    for _ in range(200):
+        texts = ["".join(rng.choices(["a", "b", " ", "\n", "é", "\U0001f600"], k=rng.randrange(30))) for _ in range(2)]
+        sides = changed_words(*texts)
+        assert ["".join(text for text, _ in side) for side in sides] == texts
+        assert not any(changed and text != text.lstrip() for side in sides for text, changed in side)
+    assert changed_words("", "") == ([], [])
+
+
+def drawn_words(seed, n):
+    """Words as often as in prose: few are common."""
+    return random.Random(seed).choices([f"w{i}" for i in range(400)], [1 / (1 + i) for i in range(400)], k=n)
+
+
+@pytest.mark.parametrize("lag", [0, 9])
+@pytest.mark.parametrize("seed", range(5))
+def test_marks_stay_while_texts_grow(seed, lag):
+    """A word that was once found in the other text stays found, whichever of the two is ahead."""
+    base, steered = ["it", "was", *drawn_words(seed, 80)], ["it", "was", "not", *drawn_words(seed + 99, 80)]
+    before = [], []
+    for n in range(1, len(steered) + lag + 1):
+        texts = " ".join(base[: max(1, n - lag)]), " ".join(steered[:n])
+        sides = changed_words(*texts, growing=n < len(steered) + lag)
+        marks = [[changed for text, changed in side for _ in text.split()] for side in sides]
+        for old, new in zip(before, marks, strict=True):
+            assert all(was or not now for was, now in zip(old, new, strict=False))
+        before = marks
+    assert sum(map(sum, marks)) < 0.9 * len(base + steered)
+
+
+def test_words_are_compared_between_two_messages():
+    """A panel sends forty messages a second; the worst is many words that are all in both texts."""
+    for n, most in ((40, 0.001), (500, 0.003)):
+        texts = " ".join(drawn_words(1, n)), " ".join(drawn_words(2, n))
+        took = []
+        for _ in range(20):
+            began = time.perf_counter()
+            changed_words(*texts, growing=True)
+            took.append(time.perf_counter() - began)
+        print(f"{n} words: {1000 * min(took):.2f} ms")
+        assert min(took) < most
+    texts = [" ".join(f"w{i * step % 97}" for i in range(1600)) for step in (7, 11)]
+    began = time.perf_counter()
+    changed_words(*texts)
+    assert time.perf_counter() - began < 0.3

@@ -10,14 +10,11 @@ and cells are left out, as HTML allows, because a grid of 80 blocks × 500 token
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +22,7 @@ from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, cell_value
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.difference import Comparison, TrajectoryDiff
 from nblens.lens.trajectory import Trajectory
-from nblens.text import display_width, fit, percent, plain, short_number, visible
+from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible
 
 __all__ = ["MAX_CELLS", "render_fragment", "render_page", "render_texts"]
 
@@ -315,21 +312,11 @@ def _tooltip_text(token: str) -> str:
 
 def _texts(comparison: Comparison) -> str:
     """The new texts side by side; words that only one of them has are marked."""
-    words: list[list[str]] = [
-        re.findall(r"\s*\S+|\s+$", plain(text)) for text in (comparison.base_text, comparison.steered_text)
-    ]
-    blocks: list[Any] = difflib.SequenceMatcher(None, words[0], words[1], autojunk=False).get_opcodes()
-    sides = [
-        "".join(_marked("".join(side[op[1 + 2 * i] : op[2 + 2 * i]]), op[0] != "equal") for op in blocks)
-        for i, side in enumerate(words)
-    ]
+    sides = changed_words(plain(comparison.base_text), plain(comparison.steered_text))
     names = ("base", "steered")
-    boxes = (f"<div><b>{name}</b><p>{side}</p></div>" for name, side in zip(names, sides, strict=True))
+    boxes = (f"<div><b>{name}</b><p>{_marked(side)}</p></div>" for name, side in zip(names, sides, strict=True))
     return f'<div class="texts">{"".join(boxes)}</div>\n'
 
 
-def _marked(text: str, changed: bool) -> str:
-    if not changed or not text.strip():
-        return escape(text)
-    space = text[: len(text) - len(text.lstrip())]
-    return f"{escape(space)}<mark>{escape(text.strip())}</mark>"
+def _marked(parts: list[tuple[str, bool]]) -> str:
+    return "".join(f"<mark>{escape(text)}</mark>" if changed else escape(text) for text, changed in parts)
