@@ -128,10 +128,13 @@ def test_binder_installs_a_cpu_build_of_torch_before_nblens(tmp_path, conda):
 
 def test_the_check_runs_what_binder_runs():
     steps = (ROOT / ".ci" / "run").read_text()
+    check_scripts = "npx --yes -p typescript@7.0.2 tsc -p tests/browser/jsconfig.json"
+    assert f"\n{check_scripts} " in (ROOT / "CONTRIBUTING.md").read_text()
     assert re.findall(r'^run "(.*)"$', steps, re.M) == [
         "pip install -c constraints.txt ruff",
         "ruff format --check",
         "ruff check",
+        check_scripts,
         "bash binder/postBuild",
         "${open%%&&*}",
         "$headless",

@@ -1,7 +1,8 @@
 """The scripts and stylesheets of the widgets: small files beside the Python, put together when they are needed.
 
 Each file is a module of its own that says what it takes from its neighbours. Here those lines are left out and the
-files are set under each other, because a widget's script reaches the page as one text without an address.
+files are set under each other, because a widget's script reaches the page as one text without an address. What they
+take from `appearance.js`, which is no file, are colours that are written in front. Types are in comments.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, TITLES
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS
 from nblens.plots.canvas import LINE_COLORS
 
 __all__ = ["script", "style"]
@@ -27,7 +28,6 @@ def script(*names: str) -> str:
         "MAGNITUDE_COLORS": MAGNITUDE_COLORS,
         "DIFFERENCE_COLORS": DIFFERENCE_COLORS,
         "LINE_COLORS": LINE_COLORS,
-        "TITLES": TITLES,
     }
     parts = [f"export const {name} = {json.dumps(value)};\n" for name, value in constants.items()]
     seen = {"appearance"}

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from nblens.jupyter.panel.live_text import LiveText
+from nblens.jupyter.panel.panel_view import text_values
 from nblens.jupyter.panel.steering_panel import SteeringPanel
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -16,9 +18,8 @@ FLAGS = (
 )
 HOSTILE = "<img src=x onerror=window.harmed=1>"
 PAGE = """<!doctype html><meta charset="utf-8"><body><div id="out"></div><script type="module">
-import widget, * as parts from "/panel.js";
+import widget from "/panel.js";
 const listeners = {};
-window.parts = parts;
 window.sent = [];
 window.at = [];
 window.model = {
@@ -74,19 +75,8 @@ OVERHANG = """(() => {
 })()"""
 
 
-def text(gen_id=1, seq=0, state="running", base="", steered="", **more):
-    return {
-        "type": "text",
-        "gen_id": gen_id,
-        "seq": seq,
-        "state": state,
-        "base": base,
-        "steered": steered,
-        "n_tokens": 5,
-        "tokens_per_second": 120.4,
-        "error": "",
-        **more,
-    }
+def text(gen_id=1, seq=0, state="running", base="", steered="", error=""):
+    return {"type": "text", **text_values(LiveText(gen_id, seq, state, base, steered, 5, 120.4, error))}
 
 
 @pytest.fixture
@@ -229,6 +219,21 @@ def test_texts_stream_and_changed_words_are_marked(open_panel):
     assert page.get_by_role("status").text_content() == "writing"
     assert page.locator(".nbp-speed").text_content() == "120 tokens/s"
     assert page.get_by_role("button", name="Stop").is_enabled()
+
+
+def test_characters_beyond_16_bits_leave_marks_in_place(open_panel):
+    page = open_panel()
+    page.evaluate("m => tell(m)", text(base=" \U0001f600 it was good", steered=" \U0001f600 it was bad", state="done"))
+    settle(page)
+    assert shown(page, "steered") == " \U0001f600 it was bad"
+    assert (marks(page, "base"), marks(page, "steered")) == (["good"], ["bad"])
+
+
+def test_a_model_that_was_unloaded_is_said_on_a_page_without_a_text(open_panel):
+    page = open_panel(outcome=text(0, 1, "error", error="the model was unloaded"))
+    settle(page)
+    assert page.get_by_role("alert").text_content() == "the model was unloaded"
+    assert page.get_by_role("status").text_content() == "failed"
 
 
 def test_what_comes_too_late_is_dropped(open_panel):
@@ -401,40 +406,3 @@ def test_vectors_come_and_go_with_the_state(open_panel):
     assert page.locator(".nbp-name span").all_text_contents() == ["cheerful", "formal"]
     page.evaluate("state => set('state', state)", {**STATE, "rows": [ROW]})
     assert page.locator(".nbp-name span").all_text_contents() == ["cheerful"]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "changed"),
-    [
-        ("a b c", "a b c", ([], [])),
-        ("a b c", "a x c", (["b"], ["x"])),
-        ("a b", "a b c d", ([], ["c", "d"])),
-        ("", "a", ([], ["a"])),
-        ("the cat sat on the mat", "the dog sat on a mat", (["cat", "the"], ["dog", "a"])),
-    ],
-)
-def test_changed_words(open_panel, one, other, changed):
-    page = open_panel()
-    found = page.evaluate(
-        """([one, other]) => {
-          const words = [one, other].map(parts.splitWords);
-          const marks = parts.changedWords(...words);
-          return words.map((list, i) => list.filter((_, j) => marks[i][j]).map((word) => word.trim()));
-        }""",
-        [one, other],
-    )
-    assert tuple(found) == changed
-
-
-def test_words_of_long_texts_are_compared_within_a_frame(open_panel):
-    page = open_panel()
-    took = page.evaluate(
-        """() => {
-          const words = (seed) => Array.from({length: 1600}, (_, i) => ` w${(i * seed) % 97}`);
-          const began = performance.now();
-          parts.changedWords(words(7), words(11));
-          return performance.now() - began;
-        }"""
-    )
-    print(f"1,600 × 1,600 words: {took:.0f} ms")
-    assert took < 300

@@ -1,47 +1,81 @@
 // The widget: its state, and how it is brought onto the page.
-import { asSearched } from "./grid_text.js";
-import { GridData, NONE } from "./grid_data.js";
-import { AXES, cellBox, firstView, followed, panBy, plotHeight, reveal, wholeView, zoomAt } from "./grid_layout.js";
-import { element, save, sizedContext } from "./grid_elements.js";
-import { readTheme, watchTheme } from "./grid_theme.js";
-import { Fitted, drawGrid, paintCells } from "./grid_draw.js";
+import { element } from "../elements.js";
 import { describeCell, showCard } from "./grid_card.js";
-import { curves } from "./grid_curves.js";
-import { STRIP_ROW, drawStrip } from "./grid_strip.js";
+import { Detail } from "./grid_detail.js";
+import { Fitted, drawGrid, paintCells } from "./grid_draw.js";
+import { layOver, save, sizedContext } from "./grid_elements.js";
 import { makeHeader } from "./grid_header.js";
 import { listen } from "./grid_input.js";
+import { AXES, cellBox, firstView, followed, panBy, plotHeight, reveal, wholeView, zoomAt } from "./grid_layout.js";
+import { storeOf, takeGrowth } from "./grid_store.js";
+import { asSearched } from "./grid_text.js";
+import { readTheme, watchTheme } from "./grid_theme.js";
+
+/** @import { Model } from "../elements.js" */
+/** @import { Bytes } from "./grid_data.js" */
+/** @import { Area, Box, Cell } from "./grid_layout.js" */
+/** @import { Said, Traits } from "./grid_store.js" */
 
 const MOST_PINNED = 64;
-const stores = new WeakMap();
 
-/** The decoded arrays of a model: one copy for all its views on the page. */
-function storeOf(model) {
-  const sent = model.get("_data");
-  if (!stores.has(sent)) {
-    const data = new GridData();
-    data.apply(sent.header, sent.bytes);
-    stores.set(sent, data);
-  }
-  return stores.get(sent);
-}
+/** One view of a widget. */
+export class Grid {
+  canvas = element("canvas", { "aria-hidden": "true" });
+  cell = element("div", { role: "gridcell", tabindex: 0, class: "nbg-cell" });
+  row = element("div", { role: "row" }, this.cell);
+  grid = element("div", { role: "grid", "aria-label": "blocks by tokens, the last block first" }, this.row);
+  hovered = element("div", { class: "nbg-hovered", hidden: true });
+  card = element("div", { class: "nbg-card", hidden: true });
+  stage = element("div", { class: "nbg-stage" }, this.canvas, this.hovered, this.grid, this.card);
+  caption = element("div", { class: "nbg-caption nbg-soft" });
+  detail = new Detail();
+  live = element("div", { class: "nbg-hidden", "aria-live": "polite" });
+  alert = element("div", { class: "nbg-alert", role: "alert" });
 
-/** New tokens go into the store once, however many views there are; where some never came, all are asked for. */
-function takeGrowth(model, message, buffers) {
-  if (message?.type === "grow" && !storeOf(model).apply(message, buffers[0])) model.send({ type: "refresh" });
-}
+  stopping = new AbortController();
+  fitted = new Fitted();
+  query = "";
+  /** @type {Cell[]} */
+  found = [];
+  foundAt = -1;
+  /** @type {Cell} */
+  focus = { row: Infinity, column: 0 };
+  /** @type {Cell | null} */
+  pointed = null;
+  /** @type {Cell | null} */
+  selected = null;
+  /** @type {number[]} places in the vocabulary */
+  pins = [];
+  /** @type {Area} without width until it is laid out */
+  area = { width: 0, height: 0, columns: 0, rows: 0 };
+  /** @type {Box} */
+  view = { x: 0, y: 0, w: 1, h: 1 };
+  frame = 0;
+  detailDue = true;
+  /** @type {number | null} the file that is being waited for */
+  asked = null;
 
-class Grid {
+  /**
+   * @param {Model<Traits>} model
+   * @param {HTMLElement} el
+   */
   constructor(model, el) {
     this.model = model;
-    this.stopping = new AbortController();
     const signal = this.stopping.signal;
     this.data = storeOf(model);
-    this.fitted = new Fitted();
-    this.found = [];
-    this.foundAt = -1;
-    this.focus = { row: Infinity, column: 0 };
-    this.pointed = null;
-    this.build(el, signal);
+    this.metric = model.get("metric");
+    this.panel = this.data.panel(model.get("site"), model.get("view"));
+    this.cells = paintCells(this.panel, this.metric);
+    this.header = makeHeader({
+      metric: (name) => this.write("metric", name), site: (name) => this.write("site", name), view: (name) => this.write("view", name),
+      zoom: (factor) => this.zoom(factor), whole: () => this.showWhole(),
+      search: (text) => this.search(text), step: (by) => this.step(by), clearSearch: () => this.clearSearch(),
+      save: (kind) => this.save(kind), stop: () => this.model.send({ type: "stop" }),
+    }, signal);
+    this.root = element("div", { class: "nbg", "data-nblens": model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" },
+      this.header.node, this.stage, this.caption, this.detail.node, this.alert, this.live, element("span", { class: "nbg-hidden nbg-mono" }));
+    el.append(this.root);
+    this.theme = readTheme(this.root);
     watchTheme(this.root, () => this.recolor(), signal);
     listen(this.stage, this, signal);
     this.cell.addEventListener("focus", () => this.announce(), { signal });
@@ -55,40 +89,10 @@ class Grid {
     if (this.data.nTokens < model.get("_n_tokens")) model.send({ type: "refresh" });
   }
 
-  build(el, signal) {
-    const set = (name) => (value) => this.write(name, value);
-    this.header = makeHeader({
-      metric: set("metric"), site: set("site"), view: set("view"),
-      zoom: (factor) => this.zoom(factor), whole: () => this.showWhole(),
-      search: (text) => this.search(text), step: (by) => this.step(by), clearSearch: () => this.clearSearch(),
-      save: (kind) => this.save(kind), stop: () => this.model.send({ type: "stop" }),
-    }, signal);
-    this.canvas = element("canvas", { "aria-hidden": "true" });
-    this.cell = element("div", { role: "gridcell", tabindex: "0", class: "nbg-cell" });
-    this.row = element("div", { role: "row" }, this.cell);
-    this.grid = element("div", { role: "grid", "aria-label": "blocks by tokens, the last block first" }, this.row);
-    this.hovered = element("div", { class: "nbg-hovered", hidden: "" });
-    this.card = element("div", { class: "nbg-card", hidden: "" });
-    this.stage = element("div", { class: "nbg-stage" }, this.canvas, this.hovered, this.grid, this.card);
-    this.caption = element("div", { class: "nbg-caption nbg-soft" });
-    this.strip = element("canvas", { role: "img" });
-    this.stripHead = element("div", { class: "nbg-subtitle" });
-    this.curves = element("div", { class: "nbg-curves" });
-    this.curvesHead = element("div", { class: "nbg-subtitle" });
-    this.detail = element("div", { class: "nbg-detail", hidden: "" },
-      element("div", {}, this.stripHead, element("div", { class: "nbg-scroll", tabindex: "0", role: "region", "aria-label": "top tokens by block" }, this.strip)),
-      element("div", {}, this.curvesHead, this.curves));
-    this.live = element("div", { class: "nbg-hidden", "aria-live": "polite" });
-    this.alert = element("div", { class: "nbg-alert", role: "alert" });
-    this.root = element("div", { class: "nbg", "data-nblens": this.model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" },
-      this.header.node, this.stage, this.caption, this.detail, this.alert, this.live, element("span", { class: "nbg-hidden nbg-mono" }));
-    el.append(this.root);
-    this.theme = readTheme(this.root);
-  }
-
+  /** @param {AbortSignal} signal */
   watchModel(signal) {
     const read = () => this.readModel();
-    const heard = (message, buffers) => this.hear(message, buffers);
+    const heard = this.hear.bind(this);
     const names = ["metric", "view", "site", "selection", "_pinned_ids", "_running"].map((name) => `change:${name}`);
     for (const name of names) this.model.on(name, read);
     this.model.on("msg:custom", heard);
@@ -98,6 +102,10 @@ class Grid {
     });
   }
 
+  /**
+   * @param {Said} message
+   * @param {Bytes[]} buffers
+   */
   hear(message, buffers) {
     if (message.type === "grow") {
       takeGrowth(this.model, message, buffers);
@@ -111,7 +119,12 @@ class Grid {
 
   // State
 
-  /** Change a trait of the widget here and in Python. */
+  /**
+   * Change a trait of the widget here and in Python.
+   * @template {keyof Traits} Name
+   * @param {Name} name
+   * @param {Traits[Name]} value
+   */
   write(name, value) {
     this.alert.textContent = "";
     this.model.set(name, value);
@@ -124,11 +137,10 @@ class Grid {
     const { metric, panel: old } = this;
     this.metric = this.model.get("metric");
     this.panel = this.data.panel(this.model.get("site"), this.model.get("view"));
-    this.pins = this.model.get("_pinned_ids").map((id) => this.data.places.get(id)).filter((place) => place !== undefined);
+    this.pins = this.model.get("_pinned_ids").flatMap((id) => this.data.places.get(id) ?? []);
     const selection = this.model.get("selection");
-    const inside = selection && selection[1] < this.panel.columns;
-    this.selected = inside ? { row: this.panel.layers.indexOf(selection[0]), column: selection[1] } : null;
-    const same = !grown && old && old.sheet === this.panel.sheet && old.view === this.panel.view && metric === this.metric;
+    this.selected = selection && selection[1] < this.panel.columns ? { row: this.panel.layers.indexOf(selection[0]), column: selection[1] } : null;
+    const same = !grown && old.sheet === this.panel.sheet && old.view === this.panel.view && metric === this.metric;
     if (!same) this.repaint();
     this.header.refresh({ panel: this.panel, data: this.data, metricName: this.metric, running: this.model.get("_running") });
     this.caption.textContent = this.caption.title = this.captionText();
@@ -140,7 +152,7 @@ class Grid {
     this.cells = paintCells(this.panel, this.metric);
     if (this.query) this.find();
     const before = this.area;
-    if (!before) return;
+    if (!before.width) return;
     this.measure();
     if (before.columns && before.rows === this.area.rows) this.view = followed(this.view, before, this.area);
     else this.view = firstView(this.area);
@@ -165,7 +177,7 @@ class Grid {
     if (!this.root.clientWidth) return;
     const before = this.area;
     this.measure();
-    if (!before) this.view = firstView(this.area);
+    if (!before.width) this.view = firstView(this.area);
     else if (before.width !== this.area.width) this.view = before.columns * this.view.w <= before.width + 1 ? firstView(this.area) : panBy(this.view, this.area, 0, 0);
     this.detailDue = true;
     this.draw();
@@ -178,46 +190,32 @@ class Grid {
   }
 
   schedule() {
-    this.frame ??= requestAnimationFrame(() => this.draw());
+    this.frame ||= requestAnimationFrame(() => this.draw());
   }
 
   draw() {
     cancelAnimationFrame(this.frame);
-    this.frame = null;
-    if (!this.area) return;
+    this.frame = 0;
     const { area } = this;
+    if (!area.width) return;
     const context = sizedContext(this.canvas, AXES.left + area.width + AXES.right, AXES.top + area.height + AXES.bottom);
-    drawGrid(context, { ...this, current: this.found[this.foundAt] });
+    drawGrid(context, this);
     this.placeCell();
     this.placeHovered();
-    if (this.detailDue) this.drawDetail();
+    if (this.detailDue) this.detail.draw(this.panel, this.selected, this.pins, this.theme);
     this.detailDue = false;
-  }
-
-  drawDetail() {
-    this.detail.hidden = !this.selected;
-    if (!this.selected) return;
-    const { panel, pins, theme } = this;
-    const { row, column } = this.selected;
-    this.stripHead.replaceChildren("after ", element("b", {}, panel.sheet.tokens[column]), ` token ${column}: top tokens by block`);
-    const half = this.strip.parentElement.clientWidth;
-    drawStrip(this.strip, panel, column, pins, row, half, theme);
-    this.strip.setAttribute("aria-label", panel.layers.map((layer, i) => `block ${layer}: ${panel.text(panel.top(i, column))}`).join(", "));
-    const at = { top: (panel.rows - 1 - row) * STRIP_ROW, room: this.strip.parentElement.clientHeight };
-    if (row >= 0 && panel.rows * STRIP_ROW > at.room) this.strip.parentElement.scrollTop = at.top - at.room / 2;
-    this.curvesHead.textContent = pins.length ? `probability over depth${panel.base ? " (base dashed)" : ""}` : "";
-    const drawn = pins.length ? [curves(panel, column, pins, this.curves.clientWidth, theme)] : [];
-    this.curves.replaceChildren(...drawn, ...(pins.length ? [] : [element("p", { class: "nbg-soft" }, "click a cell or press Enter to pin its token")]));
   }
 
   // What the reader does
 
+  /** @param {Box} view */
   show(view) {
     this.view = view;
     this.point(null);
     this.schedule();
   }
 
+  /** @param {number} factor */
   zoom(factor) {
     const box = this.boxOf(this.focus);
     const seen = box.x >= 0 && box.x <= this.area.width;
@@ -228,6 +226,7 @@ class Grid {
     this.show(wholeView(this.area));
   }
 
+  /** @param {Cell | null} cell */
   point(cell) {
     if (cell?.row === this.pointed?.row && cell?.column === this.pointed?.column) return;
     this.pointed = cell;
@@ -235,6 +234,7 @@ class Grid {
     this.showCard(cell);
   }
 
+  /** @param {Cell | null} cell */
   showCard(cell) {
     if (!cell) return void (this.card.hidden = true);
     const box = this.boxOf(cell);
@@ -242,7 +242,11 @@ class Grid {
     showCard(this.card, this.panel, this.metric, cell.row, cell.column, { ...box, x: box.x + AXES.left, y: box.y + AXES.top }, room);
   }
 
-  /** Select a cell; with `pin`, its token gets a line, or loses it where it was selected already. */
+  /**
+   * Select a cell; with `pin`, its token gets a line, or loses it where it was selected already.
+   * @param {Cell} cell
+   * @param {boolean} pin
+   */
   choose({ row, column }, pin) {
     if (!this.area.columns) return;
     this.moveFocus(row, column, false);
@@ -265,6 +269,10 @@ class Grid {
     this.point(null);
   }
 
+  /**
+   * @param {number} row
+   * @param {number} column
+   */
   moveFocus(row, column, withCard = true) {
     if (!this.area.columns) return;
     const { rows, columns } = this.area;
@@ -288,6 +296,7 @@ class Grid {
 
   // Search
 
+  /** @param {string} text */
   search(text) {
     this.query = asSearched(text);
     this.find();
@@ -296,12 +305,18 @@ class Grid {
     this.schedule();
   }
 
+  /** The match that the reader has come to. */
+  get current() {
+    return this.found[this.foundAt];
+  }
+
   find() {
     this.found = this.panel.search(this.query);
     this.foundAt = Math.min(this.foundAt, this.found.length - 1);
     this.header.search.refresh(this.found.length, this.foundAt);
   }
 
+  /** @param {number} by */
   step(by) {
     if (!this.found.length) return;
     this.foundAt = (this.foundAt + by + this.found.length) % this.found.length;
@@ -318,6 +333,7 @@ class Grid {
 
   // The one focused cell, which stands for the grid to keys and screen readers
 
+  /** @param {Cell} cell */
   boxOf({ row, column }) {
     return cellBox(this.view, this.area, Math.min(row, this.area.rows - 1), column);
   }
@@ -325,18 +341,18 @@ class Grid {
   placeCell() {
     const { rows, columns } = this.area;
     this.focus = { row: Math.min(this.focus.row, rows - 1), column: Math.max(0, Math.min(this.focus.column, columns - 1)) };
-    place(this.cell, this.boxOf(this.focus), this.area);
-    this.grid.setAttribute("aria-rowcount", rows);
-    this.grid.setAttribute("aria-colcount", columns);
-    this.row.setAttribute("aria-rowindex", rows - this.focus.row);
-    this.cell.setAttribute("aria-colindex", this.focus.column + 1);
+    layOver(this.cell, this.boxOf(this.focus), this.area);
+    this.grid.setAttribute("aria-rowcount", String(rows));
+    this.grid.setAttribute("aria-colcount", String(columns));
+    this.row.setAttribute("aria-rowindex", String(rows - this.focus.row));
+    this.cell.setAttribute("aria-colindex", String(this.focus.column + 1));
     const chosen = this.selected?.row === this.focus.row && this.selected?.column === this.focus.column;
     this.cell.setAttribute("aria-selected", String(Boolean(chosen)));
   }
 
   placeHovered() {
     this.hovered.hidden = !this.pointed;
-    if (this.pointed) place(this.hovered, this.boxOf(this.pointed), this.area);
+    if (this.pointed) layOver(this.hovered, this.boxOf(this.pointed), this.area);
   }
 
   announce() {
@@ -348,9 +364,10 @@ class Grid {
 
   // Files
 
+  /** @param {string} kind png, html or json */
   save(kind) {
     this.alert.textContent = "";
-    if (kind === "png") return this.canvas.toBlob((blob) => save("trajectory.png", blob));
+    if (kind === "png") return this.canvas.toBlob((blob) => blob && save("trajectory.png", blob));
     this.asked = Math.floor(Math.random() * 2 ** 31);
     this.model.send({ type: "export", format: kind, id: this.asked });
     const asked = this.asked;
@@ -366,23 +383,14 @@ class Grid {
   }
 }
 
-/** Lay an element over a cell, within the plot. */
-function place(node, box, area) {
-  const clip = (at, size, room) => [Math.max(0, Math.min(at, room)), Math.max(0, Math.min(at + size, room))];
-  const [left, right] = clip(box.x, Math.max(box.w, 4), area.width);
-  const [top, bottom] = clip(box.y, Math.max(box.h, 4), area.height);
-  node.style.transform = `translate(${AXES.left + left}px, ${AXES.top + top}px)`;
-  node.style.width = `${right - left}px`;
-  node.style.height = `${bottom - top}px`;
-  node.style.visibility = right > left && bottom > top ? "" : "hidden";
-}
-
 export default {
+  /** @param {{model: Model<Traits>}} widget */
   initialize({ model }) {
-    const heard = (message, buffers) => takeGrowth(model, message, buffers);
+    const heard = takeGrowth.bind(null, model);
     model.on("msg:custom", heard);
     return () => model.off("msg:custom", heard);
   },
+  /** @param {{model: Model<Traits>, el: HTMLElement & {nblensGrid?: Grid}}} widget */
   render({ model, el }) {
     const grid = new Grid(model, el);
     el.nblensGrid = grid;

@@ -1,11 +1,20 @@
 // The card beside the pointer: what a cell holds, in words and numbers.
-import { fit, percent, shortNumber, signedNumber } from "./grid_text.js";
+import { element } from "../elements.js";
+import { percent, shortNumber, signedNumber } from "../numbers.js";
 import { NONE } from "./grid_data.js";
-import { element } from "./grid_elements.js";
+import { fit } from "./grid_text.js";
+
+/** @import { Metric, Panel, Sheet } from "./grid_data.js" */
+/** @import { Box } from "./grid_layout.js" */
 
 const COLUMNS = 22;
 
-/** The facts of a cell in one sentence, for those who hear them. */
+/**
+ * The facts of a cell in one sentence, for those who hear them.
+ * @param {Panel} panel
+ * @param {number} row
+ * @param {number} column
+ */
 export function describeCell(panel, row, column) {
   const best = panel.topK(row, column).slice(0, 3).map(({ place, p }) => `${panel.text(place)} ${percent(p)}`);
   const next = panel.next(column);
@@ -20,6 +29,7 @@ export function describeCell(panel, row, column) {
   return parts.join("; ");
 }
 
+/** @type {(panel: Panel, sheet: Sheet, name: string, row: number, column: number) => HTMLElement} */
 function tokens(panel, sheet, name, row, column) {
   const lines = panel.topK(row, column, sheet).map(({ place, p }) => {
     const bar = element("i", { class: "nbg-bar" });
@@ -32,6 +42,7 @@ function tokens(panel, sheet, name, row, column) {
   return element("div", { class: "nbg-side" }, ...(name ? [element("b", {}, name)] : []), ...lines, measures(panel, sheet, row, column));
 }
 
+/** @type {(panel: Panel, sheet: Sheet, row: number, column: number) => HTMLElement} */
 function measures(panel, sheet, row, column) {
   const cell = column * panel.rows + row;
   const next = panel.next(column, sheet);
@@ -45,7 +56,16 @@ function measures(panel, sheet, row, column) {
   return element("dl", {}, ...lines.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
 
-/** Fill the card with a cell, and put it beside the cell's box within `room`. */
+/**
+ * Fill the card with a cell, and put it beside the cell's box within `room`.
+ * @param {HTMLElement} card
+ * @param {Panel} panel
+ * @param {Metric} metric
+ * @param {number} row
+ * @param {number} column
+ * @param {Box} box
+ * @param {{width: number, height: number}} room
+ */
 export function showCard(card, panel, metric, row, column, box, room) {
   const title = element("div", { class: "nbg-title" },
     element("b", {}, fit(panel.sheet.tokens[column], COLUMNS)), ` token ${column} · block ${panel.layers[row]}`);

@@ -1,46 +1,74 @@
 // Probability of the pinned tokens over depth, at one position: a line each, named where it ends.
 import { LINE_COLORS } from "../appearance.js";
-import { briefPercent, fit, percent } from "./grid_text.js";
+import { drawing } from "../elements.js";
+import { briefPercent, percent } from "../numbers.js";
 import { labelStride, spread } from "./grid_layout.js";
-import { drawing } from "./grid_elements.js";
+import { fit } from "./grid_text.js";
+
+/** @import { Panel, Sheet } from "./grid_data.js" */
+/** @import { Theme } from "./grid_theme.js" */
+
+/** @typedef {{place: number, color: string, values: number[], before: number[] | null}} Line */
+/** @typedef {{x(row: number): number, y(p: number): number}} At from block and probability to pixels */
+/** @typedef {{width: number, height: number}} Plot */
 
 const ROOM = { left: 38, right: 136, top: 12, bottom: 34 };
 const HEIGHT = 250;
 
+/**
+ * @param {number} number
+ * @param {Theme} theme
+ */
 export function lineColor(number, theme) {
   const color = LINE_COLORS[number % LINE_COLORS.length];
   return color === "#000000" ? theme.fg : color;
 }
 
-/** Runs of rows in which the probability is known, as the points of lines; a run of one becomes a dot alone. */
+/**
+ * Runs of rows in which the probability is known, as the points of lines; a run of one becomes a dot alone.
+ * @param {number[]} values
+ */
 export function knownRuns(values) {
+  /** @type {number[][]} */
   const runs = [];
   values.forEach((p, row) => {
     if (Number.isNaN(p)) return;
-    if (runs.length && runs.at(-1).at(-1) === row - 1) runs.at(-1).push(row);
+    const last = runs.at(-1);
+    if (last?.at(-1) === row - 1) last.push(row);
     else runs.push([row]);
   });
   return runs;
 }
 
-/** An svg of the pins at a token position, `width` pixels wide. */
+/**
+ * An svg of the pins at a token position, `width` pixels wide.
+ * @param {Panel} panel
+ * @param {number} column
+ * @param {number[]} pins places in the vocabulary
+ * @param {number} width
+ * @param {Theme} theme
+ */
 export function curves(panel, column, pins, width, theme) {
   const plot = { width: Math.max(width - ROOM.left - ROOM.right, 60), height: HEIGHT - ROOM.top - ROOM.bottom };
+  /** @type {At} */
   const at = {
     x: (row) => ROOM.left + (panel.rows > 1 ? (plot.width * row) / (panel.rows - 1) : plot.width / 2),
     y: (p) => ROOM.top + plot.height * (1 - p),
   };
   const lines = pins.map((place, i) => {
+    /** @param {Sheet} sheet */
     const over = (sheet) => panel.layers.map((_, row) => panel.probabilityOf(place, row, column, sheet));
     return { place, color: lineColor(i, theme), values: over(panel.sheet), before: panel.base && over(panel.base) };
   });
-  const names = lines.map(({ place, values }) => `${panel.text(place)} ${percent(values.at(-1))}`).join(", ");
+  const names = lines.map(({ place, values }) => `${panel.text(place)} ${percent(values[values.length - 1])}`).join(", ");
   return drawing("svg",
     { width, height: HEIGHT, role: "img", "aria-label": `probability over depth at token ${column}, at the last block: ${names}` },
-    ...axes(panel, at, plot, width), ...lines.flatMap((line) => path(line, at, panel)), ...labels(lines, at, plot, panel));
+    ...axes(panel, at, plot), ...lines.flatMap((line) => path(line, at, panel)), ...labels(lines, at, plot, panel));
 }
 
-function axes(panel, at, plot, width) {
+/** @type {(panel: Panel, at: At, plot: Plot) => SVGElement[]} */
+function axes(panel, at, plot) {
+  /** @type {SVGElement[]} */
   const parts = [0, 0.5, 1].flatMap((p) => [
     drawing("line", { class: "nbg-rule", x1: ROOM.left, x2: ROOM.left + plot.width, y1: at.y(p), y2: at.y(p) }),
     drawing("text", { class: "nbg-tick", x: ROOM.left - 8, y: at.y(p) + 3, "text-anchor": "end" }, `${100 * p}%`),
@@ -54,7 +82,9 @@ function axes(panel, at, plot, width) {
   return parts;
 }
 
+/** @type {(line: Line, at: At, panel: Panel) => SVGElement[]} */
 function path({ color, values, before, place }, at, panel) {
+  /** @type {(numbers: number[], dash: string | null) => SVGElement[]} */
   const line = (numbers, dash) => knownRuns(numbers).map((run) =>
     drawing("polyline", { class: "nbg-line", stroke: color, "stroke-dasharray": dash, points: run.map((row) => `${at.x(row)},${at.y(numbers[row])}`).join(" ") }));
   const dots = values.flatMap((p, row) => Number.isNaN(p) ? [] : [
@@ -63,6 +93,7 @@ function path({ color, values, before, place }, at, panel) {
   return [...(before ? line(before, "4 3") : []), ...line(values, null), ...dots];
 }
 
+/** @type {(lines: Line[], at: At, plot: Plot, panel: Panel) => SVGElement[]} */
 function labels(lines, at, plot, panel) {
   const ends = lines.map(({ values }) => values.findLastIndex((p) => !Number.isNaN(p)));
   const known = lines.map((line, i) => ({ ...line, end: ends[i] })).filter(({ end }) => end >= 0);

@@ -2,14 +2,27 @@
 import { fit } from "./grid_text.js";
 import { levelOn, paletteOf } from "./grid_colors.js";
 import { NONE } from "./grid_data.js";
+import { contextOf } from "./grid_elements.js";
 import { AXES, cellBox, labelStride, visibleRange } from "./grid_layout.js";
+
+/** @import { Metric, Panel } from "./grid_data.js" */
+/** @import { Area, Box, Cell, Range } from "./grid_layout.js" */
+/** @import { Theme } from "./grid_theme.js" */
+
+/** @typedef {{panel: Panel, cells: ReturnType<typeof paintCells>, view: Box, area: Area, theme: Theme, fitted: Fitted,
+ *   found: Cell[], current: Cell | undefined, selected: Cell | null, pointed: Cell | null}} Scene */
+/** @typedef {(context: CanvasRenderingContext2D, scene: Scene, range: Range) => void} Draw */
 
 const TEXT = { w: 25, h: 12 };
 const LINES = 6; // cells larger than this stand apart
 const MARK = 9;
 const FOUND = "#e6007a";
 
-/** Levels of every cell, and the picture of one pixel for each; both are kept until numbers or scale change. */
+/**
+ * Levels of every cell, and the picture of one pixel for each; both are kept until numbers or scale change.
+ * @param {Panel} panel
+ * @param {Metric} metric
+ */
 export function paintCells(panel, metric) {
   const scale = panel.scale(metric);
   const { pixels } = paletteOf(scale);
@@ -17,7 +30,7 @@ export function paintCells(panel, metric) {
   const levels = new Int8Array(rows * columns);
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [Math.max(columns, 1), Math.max(rows, 1)];
-  const context = canvas.getContext("2d");
+  const context = contextOf(canvas);
   const image = context.createImageData(canvas.width, canvas.height);
   const words = new Uint32Array(image.data.buffer);
   for (let column = 0; column < columns; column++)
@@ -34,9 +47,15 @@ export function paintCells(panel, metric) {
 export class Fitted {
   constructor() {
     this.columns = -1;
+    /** @type {Map<number, string>} */
     this.texts = new Map();
   }
 
+  /**
+   * @param {Panel} panel
+   * @param {number} place
+   * @param {number} columns
+   */
   get(panel, place, columns) {
     if (columns !== this.columns) [this.columns, this.texts] = [columns, new Map()];
     let text = this.texts.get(place);
@@ -45,7 +64,10 @@ export class Fitted {
   }
 }
 
-/** Draw a scene: {panel, cells, view, area, theme, fitted, found, current, selected}. */
+/**
+ * @param {CanvasRenderingContext2D} context
+ * @param {Scene} scene
+ */
 export function drawGrid(context, scene) {
   const { area, theme } = scene;
   context.fillStyle = theme.bg;
@@ -67,6 +89,7 @@ export function drawGrid(context, scene) {
   drawTokenAxes(context, scene, range);
 }
 
+/** @type {Draw} */
 function drawCells(context, { cells, view, area, theme, panel }, { left, right, low, high }) {
   const n = right - left + 1;
   const m = high - low + 1;
@@ -82,7 +105,10 @@ function drawCells(context, { cells, view, area, theme, panel }, { left, right, 
   if (split > 0 && split < area.columns) context.fillRect(split * view.w - view.x - 2, 0, 4, area.height);
 }
 
-/** A corner of each cell that agrees with the last block or, in a difference, that changed. */
+/**
+ * A corner of each cell that agrees with the last block or, in a difference, that changed.
+ * @type {Draw}
+ */
 function drawMarks(context, { panel, cells, view, area }, { left, right, low, high }) {
   if (view.w < MARK || view.h < MARK) return;
   const size = Math.min(5, view.w / 4);
@@ -102,6 +128,7 @@ function drawMarks(context, { panel, cells, view, area }, { left, right, low, hi
   }
 }
 
+/** @type {Draw} */
 function drawTokens(context, { panel, cells, view, area, theme, fitted }, { left, right, low, high }) {
   context.font = `11px ${theme.mono}`;
   context.textAlign = "center";
@@ -119,12 +146,15 @@ function drawTokens(context, { panel, cells, view, area, theme, fitted }, { left
   }
 }
 
-/** Outlines of what was searched; where cells are small, dots that can still be seen. */
+/**
+ * Outlines of what was searched; where cells are small, dots that can still be seen.
+ * @type {Draw}
+ */
 function drawFound(context, { found, current, view, area }, { left, right, low, high }) {
   if (!found.length) return;
   const seen = found.filter(({ row, column }) => column >= left && column <= right && row >= low && row <= high);
   const grown = { w: Math.max(view.w, 3), h: Math.max(view.h, 3) };
-  for (const [color, width] of [["#ffffff", 3], [FOUND, 1.8]]) {
+  for (const [color, width] of /** @type {[string, number][]} */ ([["#ffffff", 3], [FOUND, 1.8]])) {
     context.beginPath();
     for (const { row, column } of seen) {
       const { x, y } = cellBox(view, area, row, column);
@@ -143,6 +173,7 @@ function drawFound(context, { found, current, view, area }, { left, right, low, 
   context.strokeRect(x - 1, y - 1, grown.w + 2, grown.h + 2);
 }
 
+/** @type {(context: CanvasRenderingContext2D, scene: Scene) => void} */
 function drawSelected(context, { selected, view, area, theme }) {
   if (!selected) return;
   const { x, y, w, h } = cellBox(view, area, selected.row, selected.column);
@@ -150,14 +181,14 @@ function drawSelected(context, { selected, view, area, theme }) {
   context.lineWidth = 1;
   context.strokeRect(x - 0.5, -2, Math.max(w, 2) + 1, area.height + 4);
   if (selected.row < 0) return;
-  context.lineWidth = 4;
-  context.strokeStyle = theme.bg;
-  context.strokeRect(x + 0.5, y + 0.5, Math.max(w - 1, 3), Math.max(h - 1, 3));
-  context.lineWidth = 2;
-  context.strokeStyle = theme.fg;
-  context.strokeRect(x + 0.5, y + 0.5, Math.max(w - 1, 3), Math.max(h - 1, 3));
+  for (const [color, width] of /** @type {[string, number][]} */ ([[theme.bg, 4], [theme.fg, 2]])) {
+    context.lineWidth = width;
+    context.strokeStyle = color;
+    context.strokeRect(x + 0.5, y + 0.5, Math.max(w - 1, 3), Math.max(h - 1, 3));
+  }
 }
 
+/** @type {Draw} */
 function drawBlocks(context, { panel, view, area, theme, pointed }, { low, high }) {
   context.font = `10.5px ${theme.mono}`;
   context.textAlign = "right";
@@ -172,16 +203,19 @@ function drawBlocks(context, { panel, view, area, theme, pointed }, { low, high 
   }
 }
 
-/** The token that follows above the grid, the fed token and its position below. */
+/**
+ * The token that follows above the grid, the fed token and its position below.
+ * @type {Draw}
+ */
 function drawTokenAxes(context, scene, range) {
-  const { panel, view, area, theme } = scene;
+  const { view, area, theme } = scene;
   const below = AXES.top + area.height + 11;
   context.save();
   context.textAlign = "right";
   context.textBaseline = "middle";
   context.fillStyle = theme.soft;
   context.font = `9.5px ${theme.sans}`;
-  for (const [name, y] of [["next", 11], ["token", below], ["position", below + 15]]) context.fillText(name, AXES.left - 8, y);
+  for (const [name, y] of Object.entries({ next: 11, token: below, position: below + 15 })) context.fillText(name, AXES.left - 8, y);
   context.beginPath();
   context.rect(AXES.left, 0, area.width + AXES.right, AXES.top + area.height + AXES.bottom);
   context.clip();
@@ -199,6 +233,7 @@ function drawTokenAxes(context, scene, range) {
   context.restore();
 }
 
+/** @type {(context: CanvasRenderingContext2D, scene: Scene, range: Range, stride: number, below: number) => void} */
 function drawAxisTokens(context, { panel, view, area, theme }, { left, right }, stride, below) {
   context.font = `11px ${theme.mono}`;
   const columns = Math.floor((stride * view.w - 5) / context.measureText("0").width);

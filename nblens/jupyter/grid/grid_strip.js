@@ -1,12 +1,25 @@
 // One token position as a strip: the likeliest tokens of each block, the last block on top.
-import { briefPercent, fit } from "./grid_text.js";
-import { sizedContext } from "./grid_elements.js";
+import { briefPercent } from "../numbers.js";
 import { lineColor } from "./grid_curves.js";
+import { sizedContext } from "./grid_elements.js";
+import { fit } from "./grid_text.js";
+
+/** @import { Panel } from "./grid_data.js" */
+/** @import { Theme } from "./grid_theme.js" */
 
 export const STRIP_ROW = 17;
 const LEFT = 30;
 
-/** Draw the column; pinned tokens carry the colour of their line. */
+/**
+ * Draw the column; pinned tokens carry the colour of their line.
+ * @param {HTMLCanvasElement} canvas
+ * @param {Panel} panel
+ * @param {number} column
+ * @param {number[]} pins places in the vocabulary
+ * @param {number} selectedRow
+ * @param {number} width
+ * @param {Theme} theme
+ */
 export function drawStrip(canvas, panel, column, pins, selectedRow, width, theme) {
   const context = sizedContext(canvas, width, panel.rows * STRIP_ROW);
   context.fillStyle = theme.bg;
@@ -30,6 +43,13 @@ export function drawStrip(canvas, panel, column, pins, selectedRow, width, theme
   }
 }
 
+/**
+ * @param {CanvasRenderingContext2D} context
+ * @param {{x: number, y: number, cell: number, letter: number, theme: Theme}} where
+ * @param {string} text
+ * @param {number} p
+ * @param {number} pin
+ */
 function drawCell(context, { x, y, cell, letter, theme }, text, p, pin) {
   context.globalAlpha = pin >= 0 ? 0.45 : 0.25;
   context.fillStyle = pin >= 0 ? lineColor(pin, theme) : theme.accent;

@@ -26,7 +26,8 @@ from nblens.lens.trajectory import METRICS, Trajectory
 __all__ = ["TrajectoryGrid"]
 
 _SCRIPTS = (
-    "shortcuts",
+    "elements",
+    "numbers",
     "grid/grid_text",
     "grid/grid_colors",
     "grid/grid_data",
@@ -37,8 +38,10 @@ _SCRIPTS = (
     "grid/grid_card",
     "grid/grid_curves",
     "grid/grid_strip",
+    "grid/grid_detail",
     "grid/grid_header",
     "grid/grid_input",
+    "grid/grid_store",
     "grid/grid",
 )
 _FROM_PAGE = frozenset({"metric", "view", "site", "selection", "_pinned_ids", "_view_count"})

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblens.errors import UserError
+from nblens.jupyter.panel.live_text import FINAL, LiveText
 from nblens.jupyter.panel.panel_state import MODES, OWN, PanelState, VectorRow, slider_range
 from nblens.layers import format_layers
 from nblens.specs import STEER_OPS, WRITE_POSITIONS
+from nblens.text import changed_words
 
 if TYPE_CHECKING:
     from nblens.session import Session
 
-__all__ = ["row_values", "state_values", "strength_curves"]
+__all__ = ["row_values", "state_values", "strength_curves", "text_values"]
 
 Curve = Mapping[str, Any]
 
@@ -50,6 +52,11 @@ def state_values(state: PanelState, once: bool) -> dict[str, Any]:
         "modes": list(MODES),
         "once": once,
     }
+
+
+def text_values(text: LiveText) -> dict[str, Any]:
+    """How far a generation has come, with the two texts in parts that the page marks or leaves."""
+    return {**asdict(text), "parts": changed_words(text.base, text.steered, growing=text.state not in FINAL)}
 
 
 def strength_curves(measured: Any) -> dict[str, Curve]:

@@ -1,30 +1,47 @@
 // The steering panel: what the kernel says comes as the traits `state` and `outcome` and as messages; what a user
 // does goes out as messages alone, at most one a frame.
 
-import { changedWords, remainder, runs, splitWords } from "./steering_panel_words.js";
-import { VectorRow, element, labelled, offer, onCommit, place } from "./steering_panel_controls.js";
+import { element } from "../elements.js";
+import { VectorRow, labelled, offer, onCommit, place } from "./steering_panel_controls.js";
+import { FINAL, Texts } from "./steering_panel_texts.js";
 
-const STATES = { waiting: "waiting for the model", running: "writing", done: "done", stopped: "stopped", error: "failed" };
-const FINAL = ["done", "stopped", "error"];
+/** @import { Model } from "../elements.js" */
+/** @import { Control, RowValues, Send } from "./steering_panel_controls.js" */
+/** @import { Progress } from "./steering_panel_texts.js" */
+
+/** @typedef {{write: string, prompt: string, max_new_tokens: number, temperature: number, seed: number,
+ *   mode: string}} Options */
+/** @typedef {Options & {rows: RowValues[], writes: string[], ops: Record<string, string>, modes: string[]}} State */
+/** @typedef {{state: State, outcome: Progress, _stand_in: string}} Traits `outcome`: empty before the first */
+/** @typedef {({type: "text"} & Progress) | {type: "error", error: string} | {type: "state", state: State}
+ *   | {type: "code", code: string}} Said */
+
+/** @type {Record<string, string>} */
 const MODE_TITLES = {
   restart: "the text begins again with the new strength",
   continue: "the text goes on with the new strength from its next token",
 };
 
+/** @param {{model: Model<Traits>, el: HTMLElement}} widget */
 function render({ model, el }) {
+  /** @type {Send} */
   const send = (message) => model.send(message);
   const settings = new Settings(send);
   const texts = new Texts();
   const code = new Code(send);
-  const alert = element("div", { className: "nbp-alert", role: "alert", hidden: true });
+  const alert = element("div", { class: "nbp-alert", role: "alert", hidden: true });
+  /** @param {string} text */
   const fail = (text) => {
     alert.textContent = text;
     alert.hidden = !text;
   };
-  const root = element("section", { className: "nblens-panel", "aria-label": "Steering panel", "data-nblens": model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" });
-  root.append(settings.vectors, settings.prompt, settings.node, alert, texts.node, element("div", { className: "nbp-foot" }, code.button, texts.status, texts.speed), code.box);
+  const root = element("section",
+    { class: "nblens-panel", "aria-label": "Steering panel", "data-nblens": model.get("_stand_in"), "data-lm-suppress-shortcuts": "true" },
+    settings.vectors, settings.prompt, settings.node, alert, texts.node,
+    element("div", { class: "nbp-foot" }, code.button, texts.status, texts.speed), code.box);
   el.append(root);
 
+  /** @param {Said} message */
   const hear = (message) => {
     if (message.type === "text") {
       texts.hear(message);
@@ -36,6 +53,7 @@ function render({ model, el }) {
   };
   const onState = () => settings.show(model.get("state"));
   const onOutcome = () => model.get("outcome").state && hear({ type: "text", ...model.get("outcome") });
+  /** @param {KeyboardEvent} event */
   const onKey = (event) => {
     if (event.key === "Escape" && settings.isBusy) send({ type: "stop" });
     event.stopPropagation(); // the notebook must not take what is typed here for its shortcuts
@@ -58,42 +76,44 @@ function render({ model, el }) {
 
 /** Vectors, prompt and options. */
 class Settings {
+  /** @type {Map<string, VectorRow>} */
+  rows = new Map();
+  isBusy = false;
+  list = element("div", { class: "nbp-rows" });
+  empty = element("p", { class: "nbp-empty", hidden: true }, "No steering vectors yet: make one with %%steer NAME, and it appears here.");
+  mode = element("select");
+  off = element("button", { type: "button" }, "All off");
+  text = element("textarea", { rows: 2, class: "nbp-prompt", spellcheck: "false", placeholder: "A text to continue", "aria-label": "Prompt" });
+  go = element("button", { type: "button", class: "nbp-go", title: "Ctrl+Enter in the prompt" }, "Generate");
+  halt = element("button", { type: "button", title: "Esc", disabled: true }, "Stop");
+  write = element("select", { title: "tokens that are written; own: each vector's own" });
+  tokens = number(1, 4096, 1);
+  temperature = number(0, 100, 0.1);
+  seed = number(0, 4294967295, 1);
+  /** @type {[keyof Options, Control][]} */
+  options = [
+    ["write", this.write], ["prompt", this.text], ["max_new_tokens", this.tokens],
+    ["temperature", this.temperature], ["seed", this.seed], ["mode", this.mode],
+  ];
+  vectors = element("div", {}, this.list, this.empty,
+    element("div", { class: "nbp-line" }, labelled("write at", this.write), labelled("on change", this.mode), this.off));
+  prompt = element("div", {}, this.text);
+  node = element("div", { class: "nbp-line" }, this.go, this.halt,
+    labelled("tokens", this.tokens, "most new tokens"), labelled("temperature", this.temperature, "0: greedy"), labelled("seed", this.seed));
+
+  /** @param {Send} send */
   constructor(send) {
     this.send = send;
-    this.rows = new Map();
-    this.list = element("div", { className: "nbp-rows" });
-    this.empty = element("p", { className: "nbp-empty", textContent: "No steering vectors yet: make one with %%steer NAME, and it appears here.", hidden: true });
-    this.write = element("select", { title: "tokens that are written; own: each vector's own" });
-    this.mode = element("select");
-    this.off = element("button", { type: "button", textContent: "All off" });
-    this.off.addEventListener("click", () => send({ type: "off" }));
-    this.vectors = element("div", {}, this.list, this.empty, element("div", { className: "nbp-line" }, labelled("write at", this.write), labelled("on change", this.mode), this.off));
-    this.text = element("textarea", { rows: 2, className: "nbp-prompt", spellcheck: false, placeholder: "A text to continue", "aria-label": "Prompt" });
-    this.prompt = element("div", {}, this.text);
-    this.options = { write: this.write, prompt: this.text, ...this.numbers() };
-    this.options.mode = this.mode;
-    this.node = this.line();
     this.listen();
   }
 
-  numbers() {
-    const number = (min, max, step) => element("input", { type: "number", min, max, step, className: "nbp-number" });
-    return { max_new_tokens: number(1, 4096, 1), temperature: number(0, 100, 0.1), seed: number(0, 4294967295, 1) };
-  }
-
-  line() {
-    this.go = element("button", { type: "button", className: "nbp-go", textContent: "Generate", title: "Ctrl+Enter in the prompt" });
-    this.halt = element("button", { type: "button", textContent: "Stop", title: "Esc", disabled: true });
-    const { max_new_tokens, temperature, seed } = this.options;
-    const fields = [labelled("tokens", max_new_tokens, "most new tokens"), labelled("temperature", temperature, "0: greedy"), labelled("seed", seed)];
-    return element("div", { className: "nbp-line" }, this.go, this.halt, ...fields);
-  }
-
   listen() {
-    for (const [field, control] of Object.entries(this.options)) {
-      const value = () => (control.type === "number" ? control.valueAsNumber : control.value);
-      onCommit(control, () => (control.type !== "number" || Number.isFinite(value())) && this.send({ type: "option", field, value: value() }));
-    }
+    for (const [field, control] of this.options)
+      onCommit(control, (typed) => {
+        const value = control.type === "number" ? parseFloat(typed) : typed;
+        if (!Number.isNaN(value)) this.send({ type: "option", field, value });
+      });
+    this.off.addEventListener("click", () => this.send({ type: "off" }));
     this.go.addEventListener("click", () => this.generate());
     this.halt.addEventListener("click", () => this.send({ type: "stop" }));
     this.text.addEventListener("keydown", (event) => {
@@ -108,17 +128,21 @@ class Settings {
     this.send({ type: "generate" });
   }
 
+  /** @param {boolean} isBusy */
   busy(isBusy) {
     this.isBusy = isBusy;
     this.halt.disabled = !isBusy;
   }
 
-  /** Take over the kernel's state; `again`: also where somebody is editing. */
+  /**
+   * Take over the kernel's state; `again`: also where somebody is editing.
+   * @param {State} state
+   */
   show(state, again = false) {
     if (!state.rows) return;
     offer(this.write, state.writes);
     offer(this.mode, state.modes, MODE_TITLES);
-    for (const [field, control] of Object.entries(this.options)) {
+    for (const [field, control] of this.options) {
       if (again && field !== "prompt") delete control.dataset.edited;
       place(control, state[field]);
     }
@@ -128,6 +152,7 @@ class Settings {
     this.showRows(state, again);
   }
 
+  /** @type {(state: State, again: boolean) => void} */
   showRows({ rows, ops }, again) {
     const names = new Set(rows.map((row) => row.name));
     for (const [name, row] of this.rows) {
@@ -136,91 +161,41 @@ class Settings {
       this.rows.delete(name);
     }
     for (const values of rows) {
-      if (!this.rows.has(values.name)) {
-        this.rows.set(values.name, new VectorRow(values, this.send));
-        this.list.append(this.rows.get(values.name).node);
-      }
-      const row = this.rows.get(values.name);
+      const row = this.rows.get(values.name) ?? new VectorRow(values, this.send);
+      if (!this.rows.has(values.name)) this.list.append(row.node);
+      this.rows.set(values.name, row);
       if (again) for (const control of [row.number, row.layers]) delete control.dataset.edited;
       row.show(values, ops);
     }
   }
 }
 
-/** The two texts as they are written, drawn at most once a frame. */
-class Texts {
-  constructor() {
-    this.latest = null;
-    this.before = { base: "", steered: "" };
-    this.frame = 0;
-    const pane = (title) => element("div", { className: "nbp-text", tabIndex: 0, role: "region", "aria-label": title });
-    this.base = pane("Text without steering");
-    this.steered = pane("Text with steering");
-    const column = (title, node, kind) => element("div", { className: `nbp-column ${kind}` }, element("div", { className: "nbp-title", textContent: title }), node);
-    this.node = element("div", { className: "nbp-texts" }, column("without steering", this.base, "nbp-base"), column("with steering", this.steered, "nbp-steered"));
-    this.status = element("span", { className: "nbp-status", role: "status" });
-    this.speed = element("span", { className: "nbp-speed" });
-  }
-
-  /** Take in a message; one that an earlier generation sent too late is dropped. */
-  hear(message) {
-    const last = this.latest;
-    if (last && (message.gen_id < last.gen_id || (message.gen_id === last.gen_id && message.seq <= last.seq))) return;
-    if (last && message.gen_id > last.gen_id) this.before = { base: whole(last.base, this.before.base), steered: whole(last.steered, this.before.steered) };
-    this.latest = message;
-    if (!this.frame) this.frame = requestAnimationFrame(() => this.draw());
-  }
-
-  draw() {
-    this.frame = 0;
-    const { base, steered, state, tokens_per_second: speed, n_tokens } = this.latest;
-    const words = [splitWords(base), splitWords(steered)];
-    const changed = changedWords(...words);
-    [this.base, this.steered].forEach((pane, i) => {
-      const text = [base, steered][i];
-      const ghost = FINAL.includes(state) ? "" : remainder(text, [this.before.base, this.before.steered][i]);
-      const follows = pane.scrollTop + pane.clientHeight >= pane.scrollHeight - 8;
-      pane.replaceChildren(...runs(words[i], changed[i]).map(marked), ...(ghost ? [element("span", { className: "nbp-ghost", textContent: ghost, "aria-hidden": "true" })] : []));
-      pane.setAttribute("aria-busy", String(!FINAL.includes(state)));
-      if (follows && !ghost) pane.scrollTop = pane.scrollHeight;
-    });
-    const told = STATES[state] ?? "";
-    if (this.status.textContent !== told) this.status.textContent = told;
-    this.speed.textContent = speed ? `${speed < 10 ? speed.toFixed(1) : Math.round(speed)} tokens/s` : "";
-    this.speed.title = `${n_tokens} tokens`;
-  }
-
-  close() {
-    cancelAnimationFrame(this.frame);
-  }
-}
-
-/** A text with what still stood of the one before it, for texts that never came to their end. */
-function whole(text, before) {
-  return text + remainder(text, before);
-}
-
-function marked({ text, changed }) {
-  return changed ? element("mark", { textContent: text }) : document.createTextNode(text);
+/** @type {(min: number, max: number, step: number) => HTMLInputElement} */
+function number(min, max, step) {
+  return element("input", { type: "number", min, max, step, class: "nbp-number" });
 }
 
 /** The cell that does the same. */
 class Code {
+  button = element("button", { type: "button", class: "nbp-copy", "aria-expanded": "false" }, "Copy as code");
+  box = element("textarea", { class: "nbp-code", readonly: true, hidden: true, "aria-label": "Code that does the same", spellcheck: "false" });
+
+  /** @param {Send} send */
   constructor(send) {
-    this.button = element("button", { type: "button", className: "nbp-copy", textContent: "Copy as code", "aria-expanded": "false" });
-    this.box = element("textarea", { className: "nbp-code", readOnly: true, hidden: true, "aria-label": "Code that does the same", spellcheck: false });
     this.button.addEventListener("click", () => {
-      if (!this.box.hidden) return this.toggle(false);
-      send({ type: "code" });
+      if (this.box.hidden) send({ type: "code" });
+      else this.toggle(false);
     });
   }
 
+  /** @param {boolean} open */
   toggle(open) {
     this.box.hidden = !open;
     this.button.setAttribute("aria-expanded", String(open));
     this.button.textContent = open ? "Close code" : "Copy as code";
   }
 
+  /** @param {string} code */
   async show(code) {
     this.box.value = code;
     this.box.rows = Math.min(12, code.split("\n").length + 1);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from nblens.errors import NblensError, UserError
 from nblens.jupyter.assets import script, style
 from nblens.jupyter.panel.live_text import FINAL, LiveRequest, LiveRunner, LiveText
 from nblens.jupyter.panel.panel_state import PanelState, VectorRow, as_code
-from nblens.jupyter.panel.panel_view import row_values, state_values, strength_curves
+from nblens.jupyter.panel.panel_view import row_values, state_values, strength_curves, text_values
 from nblens.jupyter.stand_in import WithStandIn
 from nblens.layers import format_layers, parse_layers
 from nblens.specs import Steer
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SteeringPanel"]
 
-_SCRIPTS = ("shortcuts", "panel/steering_panel_words", "panel/steering_panel_controls", "panel/steering_panel")
+_SCRIPTS = (
+    "elements",
+    "numbers",
+    "panel/steering_panel_texts",
+    "panel/steering_panel_controls",
+    "panel/steering_panel",
+)
 
 
 class SteeringPanel(WithStandIn, anywidget.AnyWidget):
@@ -238,7 +244,7 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     def _on_hello(self, content: dict[str, Any]) -> None:
         self.refresh()
         if self._last is not None and self._last.state not in FINAL:
-            self.send({"type": "text", **asdict(self._last)})
+            self.send({"type": "text", **text_values(self._last)})
 
     def _commit(self, state: PanelState) -> None:
         """Take over a state that can be written, and let it steer wherever the live setting does."""
@@ -271,9 +277,10 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     def _report(self, text: LiveText) -> None:
         """On the runner's thread: send it on, and keep the last one for pages that open later."""
         self._last = text
-        self.send({"type": "text", **asdict(text)})
+        values = text_values(text)
+        self.send({"type": "text", **values})
         if text.state in FINAL:
-            self.outcome = asdict(text)
+            self.outcome = values
             self.update_stand_in()
             if text.state != "done":
                 self._asked = None
@@ -292,7 +299,9 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
             return
         self._runner.close()
         self._leave_shell()
-        self.outcome = {**self.outcome, "state": "error", "error": "the model was unloaded; open a new panel"}
+        last = self._last or LiveText(0, 0, "")
+        error = "the model was unloaded; open a new panel"
+        self.outcome = text_values(replace(last, seq=last.seq + 1, state="error", error=error))
 
     def _leave_shell(self) -> None:
         shell, self._shell = self._shell, None

@@ -1,34 +1,41 @@
 // The controls of the steering panel. Names, texts and messages are data: set as text, never as HTML.
 
-import { keepShortcutsAway } from "../shortcuts.js";
+import { drawing, element } from "../elements.js";
+import { shortNumber } from "../numbers.js";
 
-/** An element with properties, attributes (aria-…, data-…, role) and children. */
-export function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (/^(aria-|data-|role$|for$)/.test(name)) made.setAttribute(name, value);
-    else made[name] = value;
-  }
-  made.append(...children);
-  return keepShortcutsAway(made);
+/** @typedef {HTMLInputElement | HTMLSelectElement | HTMLTextAreaElement} Control */
+/** @typedef {{x: number[], y: number[], label: string}} Curve the measured effect over the coefficient */
+/** @typedef {{name: string, coefficient: number, on: boolean, layers: string, op: string, own_layers: string, low: number,
+ *   high: number, budget: [low: number, high: number] | null, curve: Curve | null}} RowValues */
+/** @typedef {{type: "vector", name: string, field: string, value: string | number | boolean, final: boolean}
+ *   | {type: "option", field: string, value: string | number}
+ *   | {type: "off" | "generate" | "stop" | "code" | "hello"}} Asked what a user does, as the kernel hears of it */
+/** @typedef {(message: Asked) => void} Send */
+
+/**
+ * A caption with its control.
+ * @param {string} text
+ * @param {Control} control
+ * @param {string} [title]
+ */
+export function labelled(text, control, title) {
+  return element("label", { class: "nbp-field", title }, element("span", {}, text), control);
 }
 
-/** A number as a person writes it. */
-export function shortNumber(value) {
-  return String(Number(value.toPrecision(3))).replace("-", "−");
-}
-
-/** A caption with its control. */
-export function labelled(text, control, title = "") {
-  return element("label", { className: "nbp-field", title }, element("span", { textContent: text }), control);
-}
-
-/** Set a control from the kernel, unless somebody is at it. */
+/**
+ * Set a control from the kernel, unless somebody is at it.
+ * @param {Control} control
+ * @param {string | number} value
+ */
 export function place(control, value) {
-  if (!control.dataset.edited) control.value = value;
+  if (!control.dataset.edited) control.value = String(value);
 }
 
-/** Commit what was typed, once: on Enter, or when the field is left. */
+/**
+ * Commit what was typed, once: on Enter, or when the field is left.
+ * @param {Control} control
+ * @param {(value: string) => void} commit
+ */
 export function onCommit(control, commit) {
   control.addEventListener("input", () => (control.dataset.edited = "yes"));
   control.addEventListener("change", () => {
@@ -38,20 +45,31 @@ export function onCommit(control, commit) {
   });
 }
 
-/** Choices for a select, kept where they are the same. */
+/**
+ * Choices for a select, kept where they are the same.
+ * @param {HTMLSelectElement} select
+ * @param {string[]} values
+ * @param {Record<string, string>} [titles]
+ */
 export function offer(select, values, titles = {}) {
   if ([...select.options].map((option) => option.value).join("\n") === values.join("\n")) return;
-  select.replaceChildren(...values.map((value) => element("option", { value, textContent: value, title: titles[value] ?? "" })));
+  select.replaceChildren(...values.map((value) => element("option", { value, title: titles[value] }, value)));
 }
 
-/** Calls `send` at most once a frame, with the latest value. */
-export function eachFrame(send) {
+/**
+ * Calls `send` at most once a frame, with the latest value.
+ * @template Value
+ * @param {(value: Value) => void} send
+ */
+function eachFrame(send) {
+  /** @type {{latest: Value} | null} */
   let waiting = null;
   const flush = () => {
     const value = waiting;
     waiting = null;
     if (value !== null) send(value.latest);
   };
+  /** @param {Value} latest */
   const put = (latest) => {
     if (waiting) waiting.latest = latest;
     else {
@@ -65,35 +83,36 @@ export function eachFrame(send) {
 
 /** One vector: switch, slider on its strength curve, number, blocks, operation. */
 export class VectorRow {
+  /**
+   * @param {RowValues} row
+   * @param {Send} send
+   */
   constructor(row, send) {
-    this.name = row.name;
-    this.say = (field, value, final = true) => send({ type: "vector", name: row.name, field, value, final });
-    this.build();
+    const { name } = row;
+    this.row = row;
+    /** @type {(field: string, value: string | number | boolean, final?: boolean) => void} */
+    this.say = (field, value, final = true) => send({ type: "vector", name, field, value, final });
+    this.on = element("input", { type: "checkbox", "aria-label": `${name} on` });
+    this.slider = element("input", { type: "range", class: "nbp-range", "aria-label": `coefficient of ${name}` });
+    this.number = element("input", { type: "number", step: "any", class: "nbp-number", "aria-label": `coefficient of ${name}, as a number` });
+    this.layers = element("input", { type: "text", class: "nbp-layers", spellcheck: "false", "aria-label": `blocks written by ${name}` });
+    this.op = element("select", { "aria-label": `operation of ${name}` });
+    this.curve = new StrengthCurve();
+    this.low = element("div", { class: "nbp-over nbp-over-low" });
+    this.high = element("div", { class: "nbp-over nbp-over-high" });
+    this.fill = element("div", { class: "nbp-fill" });
+    const track = element("div", { class: "nbp-track", "aria-hidden": "true" }, this.low, this.high, element("div", { class: "nbp-zero" }), this.fill);
+    this.caption = element("div", { class: "nbp-caption" });
+    const title = element("label", { class: "nbp-name", title: name }, this.on, element("span", {}, name));
+    const slide = element("div", { class: "nbp-slide" }, this.curve.node, track, this.slider, this.caption);
+    const detail = element("div", { class: "nbp-detail" }, labelled("blocks", this.layers, "such as 4-7,-1; empty: the vector's own"), labelled("op", this.op));
+    this.node = element("div", { class: "nbp-row", role: "group", "aria-label": name }, title, slide, this.number, detail);
     this.listen();
     this.show(row);
   }
 
-  build() {
-    const name = this.name;
-    this.on = element("input", { type: "checkbox", "aria-label": `${name} on` });
-    this.slider = element("input", { type: "range", className: "nbp-range", "aria-label": `coefficient of ${name}` });
-    this.number = element("input", { type: "number", step: "any", className: "nbp-number", "aria-label": `coefficient of ${name}, as a number` });
-    this.layers = element("input", { type: "text", className: "nbp-layers", spellcheck: false, "aria-label": `blocks written by ${name}` });
-    this.op = element("select", { "aria-label": `operation of ${name}` });
-    this.curve = new StrengthCurve();
-    this.low = element("div", { className: "nbp-over nbp-over-low" });
-    this.high = element("div", { className: "nbp-over nbp-over-high" });
-    this.fill = element("div", { className: "nbp-fill" });
-    const track = element("div", { className: "nbp-track", "aria-hidden": "true" }, this.low, this.high, element("div", { className: "nbp-zero" }), this.fill);
-    this.caption = element("div", { className: "nbp-caption" });
-    const title = element("label", { className: "nbp-name", title: name }, this.on, element("span", { textContent: name }));
-    const slide = element("div", { className: "nbp-slide" }, this.curve.node, track, this.slider, this.caption);
-    const detail = element("div", { className: "nbp-detail" }, labelled("blocks", this.layers, "such as 4-7,-1; empty: the vector's own"), labelled("op", this.op));
-    this.node = element("div", { className: "nbp-row", role: "group", "aria-label": name }, title, slide, this.number, detail);
-  }
-
   listen() {
-    const drag = eachFrame((value) => this.say("coefficient", value, false));
+    const drag = eachFrame((/** @type {number} */ value) => this.say("coefficient", value, false));
     this.slider.addEventListener("input", () => {
       this.slider.dataset.edited = "yes";
       this.strength(this.slider.valueAsNumber);
@@ -105,17 +124,23 @@ export class VectorRow {
       this.say("coefficient", this.slider.valueAsNumber);
     });
     this.slider.addEventListener("dblclick", () => {
-      this.slider.value = 0;
+      this.slider.value = "0";
       this.strength(0);
       this.say("coefficient", 0);
     });
-    onCommit(this.number, () => Number.isFinite(this.number.valueAsNumber) && this.say("coefficient", this.number.valueAsNumber));
+    onCommit(this.number, () => {
+      if (Number.isFinite(this.number.valueAsNumber)) this.say("coefficient", this.number.valueAsNumber);
+    });
     onCommit(this.layers, (value) => this.say("layers", value));
     this.op.addEventListener("change", () => this.say("op", this.op.value));
     this.on.addEventListener("change", () => this.say("on", this.on.checked));
   }
 
-  /** Take over what the kernel says of this vector. */
+  /**
+   * Take over what the kernel says of this vector.
+   * @param {RowValues} row
+   * @param {Record<string, string>} [ops]
+   */
   show(row, ops = {}) {
     this.row = row;
     const step = Number((10 ** Math.floor(Math.log10(row.high / 4)) / 2).toPrecision(6));
@@ -126,7 +151,7 @@ export class VectorRow {
     this.layers.placeholder = row.own_layers;
     place(this.layers, row.layers);
     this.node.classList.toggle("nbp-measured", Boolean(row.budget || row.curve));
-    this.budget(row);
+    this.budget();
     this.curve.show(row);
     if (this.slider.dataset.edited) return;
     this.on.checked = row.on;
@@ -134,29 +159,41 @@ export class VectorRow {
     this.strength(row.coefficient, row.on);
   }
 
-  /** Where the KL budget ends, as red zones. */
-  budget({ budget, low, high }) {
-    const share = (value) => `${100 * Math.min(1, Math.max(0, (value - low) / (high - low)))}%`;
-    this.low.hidden = this.high.hidden = !budget;
-    if (!budget) return;
-    this.low.style.width = share(budget[0]);
-    this.high.style.left = share(budget[1]);
+  /**
+   * How far along the slider a coefficient is, in per cent.
+   * @param {number} value
+   */
+  along(value) {
+    const { low, high } = this.row;
+    return 100 * Math.min(1, Math.max(0, (value - low) / (high - low)));
   }
 
-  /** Show a strength at once, before the kernel has heard of it. */
+  /** Where the KL budget ends, as red zones. */
+  budget() {
+    const { budget } = this.row;
+    this.low.hidden = this.high.hidden = !budget;
+    if (!budget) return;
+    this.low.style.width = `${this.along(budget[0])}%`;
+    this.high.style.left = `${this.along(budget[1])}%`;
+  }
+
+  /**
+   * Show a strength at once, before the kernel has heard of it.
+   * @param {number} value
+   */
   strength(value, on = true) {
-    const { low, high, budget } = this.row;
-    const [at, zero] = [value, 0].map((x) => Math.min(1, Math.max(0, (x - low) / (high - low))));
+    const { budget, curve } = this.row;
+    const [at, zero] = [this.along(value), this.along(0)];
     this.on.checked = on;
     this.node.classList.toggle("nbp-off", !on);
     place(this.number, Number(value.toPrecision(6)));
-    this.fill.style.left = `${100 * Math.min(at, zero)}%`;
-    this.fill.style.width = `${100 * Math.abs(at - zero)}%`;
-    const beyond = budget && (value < budget[0] || value > budget[1]);
-    this.node.classList.toggle("nbp-beyond", Boolean(beyond && on));
+    this.fill.style.left = `${Math.min(at, zero)}%`;
+    this.fill.style.width = `${Math.abs(at - zero)}%`;
+    const beyond = budget !== null && (value < budget[0] || value > budget[1]);
+    this.node.classList.toggle("nbp-beyond", beyond && on);
     this.slider.setAttribute("aria-valuetext", `${shortNumber(value)}${on ? "" : ", off"}${beyond ? ", beyond the measured KL budget" : ""}`);
     const effect = this.curve.mark(value);
-    const told = effect === null ? [] : [`${this.row.curve.label} ${shortNumber(effect)}`];
+    const told = effect === null ? [] : [`${curve?.label} ${shortNumber(effect)}`];
     if (beyond) told.push("beyond the measured KL budget");
     this.caption.textContent = told.join(" · ");
     this.caption.title = budget ? `KL budget: ${shortNumber(budget[0])} to ${shortNumber(budget[1])}` : "";
@@ -164,33 +201,45 @@ export class VectorRow {
 }
 
 /** The measured effect over the coefficient, on the slider's own axis. */
-export class StrengthCurve {
-  constructor() {
-    this.svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-    this.svg.setAttribute("viewBox", "0 0 100 30");
-    this.svg.setAttribute("preserveAspectRatio", "none");
-    this.line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
-    this.rest = document.createElementNS("http://www.w3.org/2000/svg", "line");
-    this.svg.append(this.rest, this.line);
-    this.dot = element("div", { className: "nbp-dot" });
-    this.node = element("div", { className: "nbp-curve", "aria-hidden": "true", hidden: true }, this.svg, this.dot);
-  }
+class StrengthCurve {
+  line = drawing("polyline");
+  rest = drawing("line", { x1: 0, x2: 100 });
+  svg = drawing("svg", { viewBox: "0 0 100 30", preserveAspectRatio: "none" }, this.rest, this.line);
+  dot = element("div", { class: "nbp-dot" });
+  node = element("div", { class: "nbp-curve", "aria-hidden": "true", hidden: true }, this.svg, this.dot);
+  /** @type {Curve | null} */
+  curve = null;
+  bounds = { low: 0, high: 1, bottom: 0, top: 1 };
 
+  /** @param {RowValues} row */
   show({ curve, low, high }) {
     this.curve = curve;
     this.node.hidden = !curve;
     if (!curve) return;
-    const [bottom, top] = [Math.min(0, ...curve.y), Math.max(0, ...curve.y)];
-    this.x = (value) => (100 * (value - low)) / (high - low);
-    this.y = (value) => 27 - (24 * (value - bottom)) / (top - bottom || 1);
-    const inside = curve.x.map((x, i) => [x, curve.y[i]]).filter(([x]) => x >= low && x <= high);
-    this.line.setAttribute("points", inside.map(([x, y]) => `${this.x(x)},${this.y(y)}`).join(" "));
-    for (const [name, value] of Object.entries({ x1: 0, x2: 100, y1: this.y(0), y2: this.y(0) })) this.rest.setAttribute(name, value);
+    this.bounds = { low, high, bottom: Math.min(0, ...curve.y), top: Math.max(0, ...curve.y) };
+    const points = curve.x.flatMap((x, i) => (x >= low && x <= high ? [`${this.x(x)},${this.y(curve.y[i])}`] : []));
+    this.line.setAttribute("points", points.join(" "));
+    for (const name of ["y1", "y2"]) this.rest.setAttribute(name, String(this.y(0)));
   }
 
-  /** Put the dot at a coefficient; give the effect there, null where none was measured. */
+  /** @param {number} value */
+  x(value) {
+    const { low, high } = this.bounds;
+    return (100 * (value - low)) / (high - low);
+  }
+
+  /** @param {number} effect */
+  y(effect) {
+    const { bottom, top } = this.bounds;
+    return 27 - (24 * (effect - bottom)) / (top - bottom || 1);
+  }
+
+  /**
+   * Put the dot at a coefficient; give the effect there, null where none was measured.
+   * @param {number} value
+   */
   mark(value) {
-    const effect = this.curve ? interpolate(this.curve, value) : null;
+    const effect = this.curve && interpolate(this.curve, value);
     this.dot.hidden = effect === null;
     if (effect === null) return null;
     this.dot.style.left = `${this.x(value)}%`;
@@ -199,8 +248,12 @@ export class StrengthCurve {
   }
 }
 
-/** Between the points measured; null outside of them. */
-export function interpolate({ x, y }, at) {
+/**
+ * Between the points measured; null outside of them.
+ * @param {{x: number[], y: number[]}} curve
+ * @param {number} at
+ */
+function interpolate({ x, y }, at) {
   const after = x.findIndex((value) => value >= at);
   if (after < 0 || (after === 0 && x[0] !== at)) return null;
   if (after === 0 || x[after] === at) return y[after];

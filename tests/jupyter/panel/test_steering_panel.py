@@ -16,6 +16,7 @@ from nblens.jupyter.panel.panel_state import slider_range
 from nblens.jupyter.panel.steering_panel import SteeringPanel
 from nblens.specs import Steer
 from nblens.steering.vectors import SteeringVector
+from nblens.text import changed_words
 
 PROMPT = "the cat sat"
 
@@ -434,3 +435,22 @@ def test_a_measured_vector_brings_its_curve(panel, model):
     model.vectors["one"] = replace(model.vectors["one"], layers=(0,))
     panel.refresh()
     assert panel.state["rows"][0]["curve"] is None, "it was measured of another vector"
+
+
+def test_a_text_travels_in_parts_with_what_changed(panel):
+    panel.value = {"one": 2.0}
+    assert panel.generate().wait(20)
+    told = [message for message in panel.said if message["type"] == "text"]
+    assert [message["parts"] for message in told] == [
+        changed_words(message["base"], message["steered"], growing=message["state"] != "done") for message in told
+    ]
+    assert panel.outcome == {name: value for name, value in told[-1].items() if name != "type"}
+    assert any(changed for _, changed in panel.outcome["parts"][1])
+
+
+def test_a_page_of_an_unloaded_model_is_told_all_that_it_draws(shell, model):
+    panel = SteeringPanel(model)
+    nblens.current().unload()
+    shell.run_cell("1")
+    assert {"base", "steered", "parts", "gen_id", "seq"} <= set(panel.outcome)
+    panel.close()
