@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from nblens.lens.difference import Comparison
-from nblens.lens.trajectory import Trajectory
+from nblens.jupyter.grid.sheets import Site, drawn_panels, named_panels
+from nblens.lens.export import as_json
+from nblens.views.html import render_page
 
 __all__ = ["EXPORTS", "export"]
 
 EXPORTS = ("html", "json")
 
 
-def export(shown: Any, kind: str, metric: str) -> str:
+def export(sites: tuple[Site, ...], kind: str, metric: str) -> str:
     """A page, or JSON as of `Trajectory.to_json`; of a comparison, and of other sequences, each by its name."""
+    first, several = sites[0], len(sites) > 1
     if kind == "html":
-        return shown.to_html(metric=metric)
-    if isinstance(shown, Comparison):
-        sides = {"base": shown.base, "steered": shown.steered}
-        return json.dumps({name: json.loads(side.to_json()) for name, side in sides.items()}) + "\n"
-    if isinstance(shown, Trajectory) or len({(t.tokens, t.layers) for t in shown.values()}) == 1:
-        return shown.to_json()
-    return json.dumps({name: json.loads(trajectory.to_json()) for name, trajectory in shown.items()}) + "\n"
+        name = "SiteTrajectories" if several else type(first.shown).__name__
+        return render_page(drawn_panels(sites), metric=metric, name=name)
+    if several:
+        panels = dict(named_panels(sites))
+        at_once = len({(panel.tokens, panel.layers) for panel in panels.values()}) == 1
+    else:
+        panels = first.sheets if first.panel.sides else {first.panel.site: first.panel}
+        at_once = not first.panel.sides
+    if at_once:
+        return as_json(panels)
+    return json.dumps({name: json.loads(as_json({panel.site: panel})) for name, panel in panels.items()}) + "\n"
