@@ -99,16 +99,16 @@ class Scale:
         return scale.covering(*values)
 
     @classmethod
-    def difference(cls, metric: str, values: np.ndarray, *, high: float | None = None) -> Scale:
+    def difference(cls, metric: str, *values: np.ndarray, high: float | None = None) -> Scale:
         """A scale around zero; give `high` of a magnitude scale to share its units."""
         scale = cls(f"change of {TITLES[metric]}", signed=True, logarithmic=metric == "rank")
-        return scale.covering(values) if high is None else replace(scale, high=high)
+        return scale.covering(*values) if high is None else replace(scale, high=high)
 
     def covering(self, *values: np.ndarray) -> Scale:
         """The same scale, up to the largest of all the values, rounded up to two digits, a rank to a power of ten."""
         if self.fixed:
             return self
-        found = np.concatenate([np.ravel(v) for v in values])
+        found = np.concatenate([np.zeros(0), *map(np.ravel, values)])
         found = found[np.isfinite(found)]
         top = float((np.abs(found) if self.signed else found).max(initial=0.0))
         if self.logarithmic and not self.signed:

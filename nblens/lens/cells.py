@@ -10,6 +10,7 @@ import numpy as np
 
 from nblens.errors import UserError
 from nblens.layers import format_layers, parse_layers
+from nblens.views.panels import TokenGrid
 
 __all__ = ["METRICS", "PER_CELL", "PER_CELL_MANY", "PER_TOKEN", "Cells"]
 
@@ -23,7 +24,7 @@ PER_CELL_MANY = ("top_ids", "top_logprobs", "target_logprobs", "target_ranks")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Cells:
+class Cells(TokenGrid):
     """What was read of every cell; every probability is normalised over the full vocabulary."""
 
     tokens: tuple[str, ...]
@@ -85,28 +86,9 @@ class Cells:
                 raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
 
     @property
-    def n_layers(self) -> int:
-        """Number of blocks read."""
-        return len(self.layers)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens fed."""
-        return len(self.tokens)
-
-    @property
-    def reading(self) -> str:
-        """Site and lens, for a title: "resid_post", or "resid_post, tuned lens"."""
-        return self.site if self.lens == "logit" else f"{self.site}, {self.lens} lens"
-
-    @property
     def text(self) -> str:
         """The fed tokens as one string."""
         return "".join(self.tokens)
-
-    def token_text(self, token_id: int) -> str:
-        """Text of a token id that occurs here; `⟨id⟩` for one that does not."""
-        return self.vocabulary.get(int(token_id), f"⟨{int(token_id)}⟩")
 
     def top(self, layer: int = -1, token: int = -1) -> list[tuple[str, float]]:
         """Most likely tokens with their probabilities at one cell.

@@ -8,7 +8,7 @@ from typing import Any, Self
 from nblens.lens.panels import panel_of
 from nblens.lens.shown import Shown
 from nblens.lens.trajectory import Trajectory, TrajectoryDiff
-from nblens.views.panels import GridPanel, on_one_scale
+from nblens.views.panels import GridPanel
 
 __all__ = ["Comparison"]
 
@@ -40,7 +40,7 @@ class Comparison(Shown):
 
     def _panels(self) -> tuple[GridPanel, ...]:
         sides = panel_of(self.base, "base", self.base_text), panel_of(self.steered, "steered", self.steered_text)
-        return on_one_scale([*sides, self.diff.panel("steered − base", sides)])
+        return *sides, self.diff._panel("steered − base", sides)
 
     def _at_layers(self, layers: Any) -> Self:
         return replace(self, base=self.base._at_layers(layers), steered=self.steered._at_layers(layers))

@@ -40,7 +40,7 @@ class Shown:
         return render_fragment(self)
 
     def _panels(self) -> tuple[GridPanel, ...]:
-        """What is drawn, under each other and on one scale."""
+        """What is drawn, under each other; `panels_of` puts it on one scale."""
         raise NotImplementedError
 
     def _at_layers(self, layers: Any) -> Self:

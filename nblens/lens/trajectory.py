@@ -49,22 +49,6 @@ class Trajectory(Cells, Shown):
     probability is normalised over the full vocabulary. Ranks start at 1 (the most likely token).
     """
 
-    def decided_at(self, against: str = "final") -> np.ndarray:
-        """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
-
-        >>> session.lens("The capital of France is").decided_at().tolist()
-        [0, 6, 1, 0, 7, 6]
-
-        Only the blocks in `layers` are looked at.
-
-        Parameters
-        ----------
-        against : {"final", "next", "target"}
-            The right token: the top token of the last block read, which always agrees with itself; the one that
-            actually follows; or the first of the targets.
-        """
-        return panel_of(self).decided_at(against)
-
     def to_frame(self, *, long: bool = False) -> pd.DataFrame:
         """A pandas data frame with one row per cell, or one per cell and rank.
 
@@ -264,14 +248,14 @@ class TrajectoryDiff(Shown):
         changed = self.parts_at[self.parts_at >= 0]
         return f", from layer {changed.min()} on" if len(changed) else ""
 
-    def panel(self, title: str, sides: tuple[GridPanel, GridPanel]) -> GridPanel:
+    def _panel(self, title: str, sides: tuple[GridPanel, GridPanel]) -> GridPanel:
         """The change in each cell, over the tokens of `other`; `sides` are both runs, which may go on from there."""
         same_next = (self.base.next_ids == self.other.next_ids) & (self.base.next_ids >= 0)
         metrics = []
         for name in METRICS:
             values = np.asarray(self.metric(name), dtype=float)
             values = np.where(same_next, values, np.nan) if name == "rank" else values
-            metrics.append(Metric(name, values, Scale.difference(name, values)))
+            metrics.append(Metric(name, values, Scale.difference(name)))
         return replace(
             panel_of(self.other, title),
             metrics=tuple(metrics),
@@ -281,7 +265,7 @@ class TrajectoryDiff(Shown):
         )
 
     def _panels(self) -> tuple[GridPanel, ...]:
-        return (self.panel("", (panel_of(self.base, "base"), panel_of(self.other, "other"))),)
+        return (self._panel("", (panel_of(self.base, "base"), panel_of(self.other, "other"))),)
 
     def _at_layers(self, layers: Any) -> Self:
         return self.between(self.base._at_layers(layers), self.other._at_layers(layers))

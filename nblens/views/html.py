@@ -52,7 +52,10 @@ def render_fragment(obj: Any, *, metric: str | None = None) -> str:
     UserError
         The metric is unknown.
     """
-    panels = panels_of(obj)
+    return _fragment(panels_of(obj), metric)
+
+
+def _fragment(panels: Sequence[GridPanel], metric: str | None) -> str:
     widths = _column_widths(panels)
     metrics = [panel.metric(metric) for panel in panels]
     texts = [_texts(panel.sides) for panel in panels if any(side.text for side in panel.sides)]
@@ -65,7 +68,8 @@ def render_page(obj: Any, *, metric: str | None = None, name: str = "") -> str:
 
     Its title says what `obj` is, or `name` instead, and of which model.
     """
-    model = next((plain(panel.model) for panel in panels_of(obj)), "")
+    panels = panels_of(obj)
+    model = next((plain(panel.model) for panel in panels), "")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -73,7 +77,7 @@ def render_page(obj: Any, *, metric: str | None = None, name: str = "") -> str:
         "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{escape(f'{name or type(obj).__name__} of {model}, nblens')}</title>"
         "<style>:root{color-scheme:light dark}body{margin:24px}</style></head>\n"
-        f"<body>{render_fragment(obj, metric=metric)}</body></html>\n"
+        f"<body>{_fragment(panels, metric)}</body></html>\n"
     )
 
 

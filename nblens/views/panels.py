@@ -4,8 +4,8 @@
 >>> panel.caption, panel.metric("entropy").scale.title, panel.metric("entropy").values.shape
 (('resid_post', 'nblens-demo'), 'entropy (nats)', (12, 6))
 
-Whoever has something to show makes its panels, once, and says so in `_panels`. Panels of one picture have one scale
-for each metric.
+Whoever has something to show tells its panels in `_panels`. `panels_of` gathers those of one picture, in which each
+metric has one scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from nblens.colors import Scale
 from nblens.errors import UserError
 
-__all__ = ["AGAINST", "GridPanel", "Metric", "on_one_scale", "panels_of"]
+__all__ = ["AGAINST", "GridPanel", "Metric", "TokenGrid", "panels_of"]
 
 AGAINST = ("final", "next", "target")
 """Which top token counts as right: the last block's, the one that actually follows, or the first target."""
@@ -33,13 +33,69 @@ class Metric:
     values: np.ndarray
     """float (n_layers, n_tokens); NaN where there is none"""
     scale: Scale
-    """from numbers to colours, with the metric's title and unit"""
+    """from numbers to colours, with the metric's title and unit; how far it reaches, the whole picture says"""
     note: str = ""
     """how a number reads in a cell's tooltip, as a format such as "KL {:.2f}"; empty: it does not stand there"""
 
 
+class TokenGrid:
+    """Layers × tokens with the likeliest tokens of each cell: what one asks of a trajectory and of its panel alike."""
+
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    site: str
+    lens: str
+    top_ids: np.ndarray
+    next_ids: np.ndarray
+    target_ids: np.ndarray
+    vocabulary: Mapping[int, str]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks read."""
+        return len(self.layers)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens fed."""
+        return len(self.tokens)
+
+    @property
+    def reading(self) -> str:
+        """Site and lens, for a title: "resid_post", or "resid_post, tuned lens"."""
+        return self.site if self.lens == "logit" else f"{self.site}, {self.lens} lens"
+
+    def token_text(self, token_id: int) -> str:
+        """Text of a token id that occurs here; `⟨id⟩` for one that does not."""
+        return self.vocabulary.get(int(token_id), f"⟨{int(token_id)}⟩")
+
+    def decided_at(self, against: str = "final") -> np.ndarray:
+        """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
+
+        >>> session.lens("The capital of France is").decided_at().tolist()
+        [0, 6, 1, 0, 7, 6]
+
+        Only the blocks in `layers` are looked at.
+
+        Parameters
+        ----------
+        against : {"final", "next", "target"}
+            The right token: the top token of the last block read, which always agrees with itself; the one that
+            actually follows; or the first of the targets.
+        """
+        if against not in AGAINST:
+            raise UserError(f"against {against!r} is unknown; one of {', '.join(AGAINST)}")
+        if against == "target" and not len(self.target_ids):
+            raise UserError("this trajectory follows no target; ask the lens for one with targets=")
+        top = self.top_ids[..., 0]
+        right = {"final": top[-1], "next": self.next_ids, "target": self.target_ids[:1]}[against]
+        stays = np.logical_and.accumulate((top == right)[::-1], axis=0)[::-1]
+        first = np.asarray(self.layers, dtype=np.int32)[np.argmax(stays, axis=0)]
+        return np.where(stays[-1], first, np.int32(-1))
+
+
 @dataclass(frozen=True, eq=False)
-class GridPanel:
+class GridPanel(TokenGrid):
     """Layers × tokens with a number, a mark and the likeliest tokens in each cell."""
 
     title: str
@@ -86,28 +142,9 @@ class GridPanel:
     """what else one has to know of the run, for the caption"""
 
     @property
-    def n_layers(self) -> int:
-        """Number of rows."""
-        return len(self.layers)
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of columns."""
-        return len(self.tokens)
-
-    @property
-    def reading(self) -> str:
-        """Site and lens, for a caption: "resid_post", or "resid_post, tuned lens"."""
-        return self.site if self.lens == "logit" else f"{self.site}, {self.lens} lens"
-
-    @property
     def caption(self) -> tuple[str, ...]:
         """What was read, of which model, and how: what stands at every picture."""
         return tuple(fact for fact in (self.reading, self.model, *self.circumstances) if fact)
-
-    def token_text(self, token_id: int) -> str:
-        """Text of a token id that occurs here; `⟨id⟩` for one that does not."""
-        return self.vocabulary.get(int(token_id), f"⟨{int(token_id)}⟩")
 
     def metric(self, name: str | None = None) -> Metric:
         """The metric of that name, or the first.
@@ -122,24 +159,6 @@ class GridPanel:
                 return metric
         raise UserError(f"metric {name!r} is unknown; one of {', '.join(metric.name for metric in self.metrics)}")
 
-    def decided_at(self, against: str = "final") -> np.ndarray:
-        """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
-
-        Parameters
-        ----------
-        against : {"final", "next", "target"}
-            The right token: that of the last block, the one that actually follows, or the first of the targets.
-        """
-        if against not in AGAINST:
-            raise UserError(f"against {against!r} is unknown; one of {', '.join(AGAINST)}")
-        if against == "target" and not len(self.target_ids):
-            raise UserError("this trajectory follows no target; ask the lens for one with targets=")
-        top = self.top_ids[..., 0]
-        right = {"final": top[-1], "next": self.next_ids, "target": self.target_ids[:1]}[against]
-        stays = np.logical_and.accumulate((top == right)[::-1], axis=0)[::-1]
-        first = np.asarray(self.layers, dtype=np.int32)[np.argmax(stays, axis=0)]
-        return np.where(stays[-1], first, np.int32(-1))
-
     def _panels(self) -> tuple[GridPanel, ...]:
         return (self,)
 
@@ -152,7 +171,7 @@ def panels_of(obj: Any) -> tuple[GridPanel, ...]:
     UserError
         Something in it cannot be drawn.
     """
-    return on_one_scale(_collected(obj))
+    return _on_one_scale(tuple(_collected(obj)))
 
 
 def _collected(obj: Any) -> Iterable[GridPanel]:
@@ -174,9 +193,8 @@ def _collected(obj: Any) -> Iterable[GridPanel]:
         yield from panels()
 
 
-def on_one_scale(panels: Iterable[GridPanel]) -> tuple[GridPanel, ...]:
+def _on_one_scale(panels: tuple[GridPanel, ...]) -> tuple[GridPanel, ...]:
     """The panels with one scale for each metric; where it is shown itself, its changes are drawn in its units."""
-    panels = tuple(panels)
     together: dict[str, list[Metric]] = {}
     for panel in panels:
         for metric in panel.metrics:

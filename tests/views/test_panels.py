@@ -13,7 +13,7 @@ from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
 from nblens.lens.shown import Shown
 from nblens.plots import depth_curves, trajectory_grid
 from nblens.views.html import render_fragment, render_page
-from nblens.views.panels import GridPanel, Metric, on_one_scale, panels_of
+from nblens.views.panels import GridPanel, Metric, panels_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def test_a_scale_covers_all_panels_and_a_fixed_one_stays():
     panels = panels_of([low, high])
     assert [panel.metric("entropy").scale.high for panel in panels] == [4.0, 4.0]
     assert [panel.metric("prob").scale.high for panel in panels] == [1.0, 1.0]
-    assert on_one_scale(panels[:1])[0].metric("entropy").scale.high == 0.5
+    assert panels_of(panels[0])[0].metric("entropy").scale.high == 0.5
 
 
 def test_an_unknown_metric_is_refused_with_those_there_are():

@@ -9,7 +9,7 @@ from typing import Any
 
 from nblens.errors import UserError
 from nblens.lens.shown import Shown
-from nblens.views.panels import GridPanel, on_one_scale, panels_of
+from nblens.views.panels import GridPanel, panels_of
 
 __all__ = ["BASE", "DIFFERENCE", "STEERED", "Site", "drawn_panels", "named_panels", "read_sites"]
 
@@ -26,7 +26,7 @@ class Site:
     @cached_property
     def panel(self) -> GridPanel:
         """What is looked at first: the difference where there is one."""
-        return panels_of(self.shown)[-1]
+        return self.shown._panels()[-1]
 
     @cached_property
     def sheets(self) -> dict[str, GridPanel]:
@@ -87,4 +87,4 @@ def drawn_panels(sites: tuple[Site, ...]) -> tuple[GridPanel, ...]:
         return panels_of({site.name: list(site.sheets.values()) for site in sites})
     panel = sites[0].panel
     sides = tuple(replace(side, text="") for side in panel.sides)  # the grid has no place for them either
-    return on_one_scale([*sides, replace(panel, sides=sides)])
+    return panels_of([*sides, replace(panel, sides=sides)])
