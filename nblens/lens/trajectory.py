@@ -211,7 +211,7 @@ class TrajectoryDiff(Shown):
         if name == "prob":
             base = np.where(self._same_token, np.exp(self.base.top_logprobs), 0.0).sum(-1)
             return np.asarray(np.exp(self.other.top_logprobs[..., 0]) - base)
-        change = self.other.metric(name).astype(np.float32) - self.base.metric(name)
+        change: np.ndarray = self.other.metric(name).astype(np.float32) - self.base.metric(name)
         if name == "rank":
             change[(self.base.next_rank < 1) | (self.other.next_rank < 1)] = np.nan
         return change
@@ -235,7 +235,7 @@ class TrajectoryDiff(Shown):
     @property
     def _same_token(self) -> np.ndarray:
         """Where `base` holds what `other` puts first, bool (n_layers, n_tokens, k)."""
-        return np.equal(self.base.top_ids, self.other.top_ids[..., :1])
+        return np.asarray(self.base.top_ids == self.other.top_ids[..., :1])
 
     def __repr__(self) -> str:
         return (

@@ -1,8 +1,8 @@
 """`GridPanel`: what any grid of blocks × tokens shows; pages, figures and widgets draw panels and nothing else.
 
 >>> (panel,) = panels_of(session.lens("The capital of France is"))
->>> panel.caption, panel.metric("entropy").scale.title, panel.metric("entropy").values.shape
-(('resid_post', 'nblens-demo'), 'entropy (nats)', (12, 6))
+>>> panel.reading, panel.metric("entropy").scale.title, panel.metric("entropy").values.shape
+('resid_post', 'entropy (nats)', (12, 6))
 
 Whoever has something to show tells its panels in `_panels`. `panels_of` gathers those of one picture, in which each
 metric has one scale.
