@@ -15,16 +15,12 @@ EXPORTS = ("html", "json")
 
 def export(sites: tuple[Site, ...], kind: str, metric: str) -> str:
     """A page, or JSON as of `Trajectory.to_json`; of a comparison, and of other sequences, each by its name."""
-    first, several = sites[0], len(sites) > 1
     if kind == "html":
-        name = "SiteTrajectories" if several else type(first.shown).__name__
+        name = "SiteTrajectories" if len(sites) > 1 else type(sites[0].shown).__name__
         return render_page(drawn_panels(sites), metric=metric, name=name)
-    if several:
-        panels = dict(named_panels(sites))
-        at_once = len({(panel.tokens, panel.layers) for panel in panels.values()}) == 1
-    else:
-        panels = first.sheets if first.panel.sides else {first.panel.site: first.panel}
-        at_once = not first.panel.sides
-    if at_once:
+    panels = named_panels(sites)
+    if len(panels) == 1:
+        return as_json({panel.site: panel for panel in panels.values()})
+    if len(sites) > 1 and len({(panel.tokens, panel.layers) for panel in panels.values()}) == 1:
         return as_json(panels)
     return json.dumps({name: json.loads(as_json({panel.site: panel})) for name, panel in panels.items()}) + "\n"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from nblens.errors import UserError
@@ -22,13 +21,16 @@ class Site:
 
     name: str
     shown: Shown
+    panel: GridPanel
+    """what is looked at first: the difference where there is one"""
 
-    @cached_property
-    def panel(self) -> GridPanel:
-        """What is looked at first: the difference where there is one."""
-        return self.shown._panels()[-1]
+    @classmethod
+    def of(cls, shown: Shown, name: str = "") -> Site:
+        """The last of an object's panels; a difference tells of both its sides."""
+        panel = shown._panels()[-1]
+        return cls(name or panel.site, shown, panel)
 
-    @cached_property
+    @property
     def sheets(self) -> dict[str, GridPanel]:
         """The panels that travel, by view; the page draws the difference from both."""
         return dict(zip((BASE, STEERED), self.panel.sides or [self.panel], strict=False))
@@ -68,17 +70,21 @@ def read_sites(objects: Iterable[Any], layers: Any = None) -> tuple[Site, ...]:
 def _site(name: str, obj: Any, layers: Any) -> Site:
     if not isinstance(obj, Shown):
         raise UserError(f"a grid shows trajectories, comparisons and differences, not {type(obj).__name__}")
-    site = Site(name, obj if layers is None else obj._at_layers(layers))
+    site = Site.of(obj if layers is None else obj._at_layers(layers), name)
     if len({(panel.layers, panel.top_ids.shape[-1]) for panel in site.sheets.values()}) > 1:
         raise UserError("the two sides of a comparison were read at different layers or with different top_k")
-    return replace(site, name=name or site.panel.site)
+    return site
 
 
-def named_panels(sites: Iterable[Site]) -> Iterator[tuple[str, GridPanel]]:
-    """Every panel that travels, by the names of its site and, where there are two, of its view."""
-    for site in sites:
-        for view, panel in site.sheets.items():
-            yield f"{site.name} {view}" if site.panel.sides else site.name, panel
+def named_panels(sites: tuple[Site, ...]) -> dict[str, GridPanel]:
+    """Every panel that travels, by what tells it from the others: its site, its view, or both."""
+    if len(sites) == 1:
+        return sites[0].sheets
+    return {
+        f"{site.name} {view}" if site.panel.sides else site.name: panel
+        for site in sites
+        for view, panel in site.sheets.items()
+    }
 
 
 def drawn_panels(sites: tuple[Site, ...]) -> tuple[GridPanel, ...]:

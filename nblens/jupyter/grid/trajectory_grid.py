@@ -45,7 +45,7 @@ _FROM_PAGE = frozenset({"metric", "view", "site", "selection", "_pinned_ids", "_
 _MOST_PINNED = 64
 _MOST_STATIC_CELLS = 6_000  # larger ones are a picture alone where there is no kernel: a table would be megabytes
 _DPI = 110
-_FROM_THE_FIRST: Mapping[tuple[str, str], int] = {}
+_FROM_THE_FIRST: Mapping[tuple[str, str], int] = {}  # no panel starts later
 
 
 class _RefusedError(UserError, traitlets.TraitError):
@@ -119,7 +119,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         self._esm, self._css = script(*_SCRIPTS), style("grid/grid")
         self._owns_layout = "layout" not in options
         super().__init__(
-            metric=metric or self._metrics[0],
+            metric=metric or next(iter(self._scales)),
             view=view or self._views[-1],
             site=site or self._sites[0].name,
             _n_tokens=self.n_tokens,
@@ -144,7 +144,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         """
         with self._lock:
             matched = self._matched(objects)
-            self._replace(tuple(Site(old.name, old.shown._followed_by(new.shown)) for old, new in matched))
+            self._replace(tuple(Site.of(old.shown._followed_by(new.shown), old.name) for old, new in matched))
 
     def update(self, *objects: Any) -> None:
         """Show longer trajectories of the same run; only what is new in them travels to the page.
@@ -201,17 +201,13 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
 
     @property
     def _n_cells(self) -> int:
-        return sum(panel.n_tokens * panel.n_layers for site in self._sites for panel in site.sheets.values())
+        return sum(panel.n_tokens * panel.n_layers for panel in self._sheets.values())
 
     # What is shown, and how it travels
 
     @property
     def _views(self) -> tuple[str, ...]:
         return max((site.views for site in self._sites), key=len)
-
-    @property
-    def _metrics(self) -> list[str]:
-        return list(dict.fromkeys(metric.name for site in self._sites for metric in site.panel.metrics))
 
     @property
     def _sheets(self) -> dict[tuple[str, str], GridPanel]:
@@ -249,7 +245,9 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             "sheets": sheets,
             "vocabulary": self._vocabulary.header(known),
             "sites": [_facts(site) for site in self._sites],
-            "scales": {name: {"high": scale.high, "logarithmic": scale.logarithmic} for name, scale in self._scales()},
+            "scales": {
+                name: {"high": scale.high, "logarithmic": scale.logarithmic} for name, scale in self._scales.items()
+            },
         }
         return header, data
 
@@ -263,16 +261,17 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
                     top = float(np.abs(new).max() if metric.scale.signed else new.max())
                     self._highs[metric.name] = max(top, self._highs.get(metric.name, top))
 
-    def _scales(self) -> Iterable[tuple[str, Scale]]:
-        for name in self._metrics:
-            scale = next(iter(self._sheets.values())).metric(name).scale
-            yield name, scale.covering(np.array([self._highs.get(name, np.nan)]))
+    @property
+    def _scales(self) -> dict[str, Scale]:
+        """By metric, as far as the numbers met so far reach."""
+        scales = {metric.name: metric.scale for panel in self._sheets.values() for metric in panel.metrics}
+        return {name: scale.covering(np.array(self._highs.get(name, np.nan))) for name, scale in scales.items()}
 
     # What comes from the page or from the user
 
     @traitlets.validate("metric")
     def _check_metric(self, proposal: Any) -> str:
-        return _one_of("metric", proposal["value"], self._metrics)
+        return _one_of("metric", proposal["value"], self._scales)
 
     @traitlets.validate("view")
     def _check_view(self, proposal: Any) -> str:
