@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
     from nblens.jupyter.panel.steering_panel import SteeringPanel
     from nblens.lens.attribution import Attribution
-    from nblens.lens.difference import Comparison, TrajectoryDiff
+    from nblens.lens.comparison import Comparison
     from nblens.lens.lens import Lens
-    from nblens.lens.trajectory import Trajectory
+    from nblens.lens.trajectory import Trajectory, TrajectoryDiff
     from nblens.loading import attach, current, load
     from nblens.planning.plan import Plan
     from nblens.planning.planner import plan
@@ -47,7 +47,7 @@ __version__ = "0.1.0"
 # Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
 _LAZY = {
     "Attribution": "nblens.lens.attribution",
-    "Comparison": "nblens.lens.difference",
+    "Comparison": "nblens.lens.comparison",
     "Generation": "nblens.results",
     "Lens": "nblens.lens.lens",
     "Plan": "nblens.planning.plan",
@@ -57,7 +57,7 @@ _LAZY = {
     "SteeringVector": "nblens.steering.vectors",
     "SteeringPanel": "nblens.jupyter.panel.steering_panel",
     "Trajectory": "nblens.lens.trajectory",
-    "TrajectoryDiff": "nblens.lens.difference",
+    "TrajectoryDiff": "nblens.lens.trajectory",
     "TrajectoryGrid": "nblens.jupyter.grid.trajectory_grid",
     "attach": "nblens.loading",
     "current": "nblens.loading",

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,6 @@ __all__ = [
     "MAGNITUDE_COLORS",
     "TITLES",
     "Scale",
-    "cell_values",
-    "changed_values",
     "contrast",
     "ink",
 ]
@@ -84,24 +83,40 @@ class Scale:
     """From numbers to colour levels, with what a legend needs.
 
     `high` is the largest magnitude shown. A logarithmic scale is for ranks: it starts at 1, its bright
-    end; where signed it is linear around 0.
+    end; where signed it is linear around 0. A fixed scale ends at `high` whatever the values are.
     """
 
     title: str
-    high: float
+    high: float = 1.0
     signed: bool = False
     logarithmic: bool = False
+    fixed: bool = False
 
     @classmethod
     def magnitude(cls, metric: str, *values: np.ndarray) -> Scale:
         """A scale for a metric that covers all the values."""
-        return cls(TITLES[metric], _high(metric, values), logarithmic=metric == "rank")
+        scale = cls(TITLES[metric], logarithmic=metric == "rank", fixed=metric == "prob")
+        return scale.covering(*values)
 
     @classmethod
-    def difference(cls, metric: str, values: np.ndarray, *, high: float | None = None) -> Scale:
+    def difference(cls, metric: str, *values: np.ndarray, high: float | None = None) -> Scale:
         """A scale around zero; give `high` of a magnitude scale to share its units."""
-        top = _high("", [np.abs(values)]) if high is None else high
-        return cls(f"change of {TITLES[metric]}", top, signed=True, logarithmic=metric == "rank")
+        scale = cls(f"change of {TITLES[metric]}", signed=True, logarithmic=metric == "rank")
+        return scale.covering(*values) if high is None else replace(scale, high=high)
+
+    def covering(self, *values: np.ndarray) -> Scale:
+        """The same scale, up to the largest of all the values, rounded up to two digits, a rank to a power of ten."""
+        if self.fixed:
+            return self
+        found = np.concatenate([np.zeros(0), *map(np.ravel, values)])
+        found = found[np.isfinite(found)]
+        top = float((np.abs(found) if self.signed else found).max(initial=0.0))
+        if self.logarithmic and not self.signed:
+            return replace(self, high=10.0 ** max(1, math.ceil(math.log10(max(top, 1)))))
+        if top == 0:
+            return replace(self, high=1.0)
+        unit = 10.0 ** (math.floor(math.log10(top)) - 1)
+        return replace(self, high=math.ceil(round(top / unit, 6)) * unit)
 
     @property
     def colors(self) -> tuple[str, ...]:
@@ -110,11 +125,15 @@ class Scale:
 
     def positions(self, values: Any) -> np.ndarray:
         """Places on the scale from 0 to 1; NaN where a value is NaN."""
-        size = np.minimum(np.abs(np.asarray(values, dtype=float)), self.high)
+        at: np.ndarray = np.minimum(np.abs(np.asarray(values, dtype=float)), self.high)
         if self.signed:
-            part = np.log1p(size) / np.log1p(self.high) if self.logarithmic else size / self.high
-            return 0.5 + 0.5 * np.sign(values) * part
-        return 1 - np.log(np.maximum(size, 1)) / np.log(self.high) if self.logarithmic else size / self.high
+            part = np.log1p(at) / np.log1p(self.high) if self.logarithmic else at / self.high
+            at = 0.5 + 0.5 * np.sign(values) * part
+        elif self.logarithmic:
+            at = 1 - np.log(np.maximum(at, 1)) / np.log(self.high)
+        else:
+            at = at / self.high
+        return at
 
     def levels(self, values: np.ndarray) -> np.ndarray:
         """Indices into `colors`; -1 where a value is NaN."""
@@ -131,33 +150,3 @@ class Scale:
             values = [0, self.high / 2, self.high]
         sign = "+" if self.signed else ""
         return [(float(self.positions(v)), (sign if v > 0 else "") + short_number(v)) for v in values]
-
-
-def _high(metric: str, values: Any) -> float:
-    """Largest value, rounded up to two digits (a rank to a power of ten)."""
-    if metric == "prob":
-        return 1.0
-    found = np.concatenate([np.ravel(v) for v in values])
-    found = found[np.isfinite(found)]
-    top = float(found.max()) if found.size else 0.0
-    if metric == "rank":
-        return 10.0 ** max(1, np.ceil(np.log10(max(top, 1))))
-    if top <= 0:
-        return 1.0
-    unit = 10.0 ** (np.floor(np.log10(top)) - 1)
-    return float(np.ceil(round(top / unit, 6)) * unit)
-
-
-def cell_values(trajectory: Any, metric: str) -> np.ndarray:
-    """A metric of a trajectory with NaN where there is none, float (n_layers, n_tokens)."""
-    values = np.asarray(trajectory.metric(metric), dtype=float)
-    return np.where(values < 1, np.nan, values) if metric == "rank" else values
-
-
-def changed_values(diff: Any, metric: str) -> np.ndarray:
-    """A signed metric of a `TrajectoryDiff` with NaN where the two runs cannot be compared."""
-    values = np.asarray(diff.metric(metric), dtype=float)
-    if metric != "rank":
-        return values
-    same_next = (diff.base.next_ids == diff.other.next_ids) & (diff.base.next_ids >= 0)
-    return np.where(same_next, values, np.nan)

@@ -23,12 +23,13 @@ MAY_IMPORT = {
     "specs": {"errors", "layers"},
     "text": {"errors"},
     "colors": {"text"},
-    "plots": {"errors", "text", "colors"},
+    "views": {"errors", "files", "text", "colors"},
+    "plots": {"errors", "text", "colors", "views"},
     "demo": set(),
     "model": GROUND,
     "readout": GROUND | {"model"},
     "planning": GROUND | {"model", "readout", "text"},
-    "lens": GROUND | {"model", "readout", "text", "colors", "plots"},
+    "lens": GROUND | {"model", "readout", "text", "colors", "views", "plots"},
     "steering": GROUND | {"model", "text", "plots"},
     "engine": GROUND | {"model", "readout", "lens", "steering"},
     "backends": GROUND | {"model", "engine"},
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "evaluation": GROUND | {"model", "steering", "progress"},
     "session": COMPUTE | {"builder", "results", "progress", "evaluation"},
     "loading": COMPUTE | {"planning", "session", "demo"},
-    "jupyter": COMPUTE | {"text", "colors", "plots", "planning", "builder", "results", "session", "loading"},
+    "jupyter": COMPUTE | {"text", "colors", "views", "plots", "planning", "builder", "results", "session", "loading"},
     "nblens": COMPUTE | {"planning", "results", "session", "loading", "jupyter"},
 }
 NOTEBOOK_PACKAGES = {"IPython", "ipykernel", "ipywidgets", "anywidget"}
@@ -103,6 +104,7 @@ def test_lens_and_steering_may_not_import_each_other():
         ("session.py", "from .jupyter.magics import Magics", "session imports jupyter"),
         ("session.py", "from IPython.display import display", "session imports IPython"),
         ("plots/grid.py", "from ..model import sites", "plots imports model"),
+        ("views/html.py", "from nblens.lens.trajectory import Trajectory", "views imports lens"),
         ("session.py", "from nblens.loading import current", "session imports loading"),
         ("demo/train.py", "import nblens.model.readout", "demo imports model"),
         ("jupyter/live.py", "from nblens.demo import load", "jupyter imports demo"),
@@ -121,7 +123,7 @@ def test_a_planted_breach_is_found(tmp_path, path, source, breach):
     ("path", "source"),
     [
         ("jupyter/magics.py", "import IPython\nfrom nblens.session import current"),
-        ("lens/trajectory.py", "def plot():\n    from nblens import plots\n    from . import html"),
+        ("lens/trajectory.py", "def plot():\n    from nblens import plots\n    from nblens.views import html"),
         ("loading.py", "from nblens.demo import folder\nfrom .engine import run"),
     ],
 )

@@ -1,14 +1,12 @@
 import random
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
-from trajectories import made_up, made_up_pair
 
-from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, cell_values, changed_values, contrast, ink
+from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, contrast, ink
 from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible
 
 
@@ -72,19 +70,6 @@ def test_a_difference_can_share_the_units_of_a_magnitude():
 
 def test_values_outside_a_scale_are_drawn_at_its_end():
     assert Scale.difference("kl", np.array([1.0])).levels(np.array([-9.0, 9.0])).tolist() == [0, 62]
-
-
-def test_a_rank_that_does_not_exist_has_no_value():
-    values = cell_values(made_up(3, 4), "rank")
-    assert np.isnan(values[:, -1]).all()
-    assert np.isfinite(values[:, :-1]).all()
-
-
-def test_ranks_of_different_next_tokens_are_not_compared():
-    base, other = made_up_pair(3, 4, next_rank=np.full((3, 4), 7, np.int32))
-    other = replace(other, next_ids=np.where(np.arange(4) == 2, 0, base.next_ids), next_rank=base.next_rank + 1)
-    base = replace(base, next_ids=np.where(np.arange(4) == 2, 1, base.next_ids))
-    assert changed_values(base.diff(other), "rank")[0].tolist() == pytest.approx([1, 1, np.nan, np.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize(

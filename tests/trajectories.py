@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nblens.lens.difference import Comparison
+from nblens.lens.comparison import Comparison
 from nblens.lens.trajectory import Trajectory
 
 TEXTS = (" the", " of", " and", " a", " to", " in", " is", " was", "The", " capital", " France", " Paris", " Berlin")

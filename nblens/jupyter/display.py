@@ -8,7 +8,7 @@ for that very object and used whenever it is displayed, so `_`, `Out` and `-o` h
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
-from nblens.lens.by_site import SiteTrajectories
-from nblens.lens.difference import Comparison, TrajectoryDiff
-from nblens.lens.html import render_fragment
-from nblens.lens.trajectory import Trajectory
+from nblens.lens.comparison import Comparison
+from nblens.lens.shown import Shown
 from nblens.text import aligned, byte_size, plain, short_number
+from nblens.views.html import render_fragment
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell
@@ -56,7 +55,7 @@ class _View:
 
     html: Renderer | None = None
     png: Renderer | None = None
-    metric: str = "prob"
+    metric: str | None = None
     static: bool = False
     grid: TrajectoryGrid | None = None
     """on the page already; it waits for the output that stands in for it"""
@@ -202,8 +201,8 @@ def show_as(obj: Any, **view: Any) -> None:
     ----------
     html, png : callable, optional
         Makes the output of the object; its usual text stands beside it.
-    metric : str
-        What colours a grid's cells.
+    metric : str, optional
+        What colours a grid's cells; None: the first metric that there is.
     static : bool
         A table instead of a live grid.
     grid : TrajectoryGrid
@@ -252,8 +251,9 @@ def _generation_html(generation: Generation) -> str:
 
 def sweep_table(sweep: Sweep) -> Table:
     """A sweep's texts under their coefficients, with propensities where there are some."""
-    rows = [[short_number(generation.coefficient), plain(generation.text)] for generation in sweep]
-    if sweep.propensities is None:
+    texts = [plain(generation.text) for generation in sweep]
+    rows = [[short_number(c), text] for c, text in zip(sweep.coefficients, texts, strict=True)]
+    if sweep.propensities is None or sweep.answers is None:
         return Table("", (f">{sweep.name}", "text"), rows)
     positive, negative = (plain(answer).strip() for answer in sweep.answers)
     rows = [[c, f"{value:+.2f}", text] for (c, text), value in zip(rows, sweep.propensities, strict=True)]
@@ -291,31 +291,29 @@ _TYPES: dict[Any, dict[str, Renderer]] = {
         TEXT: lambda session: repr(placement_table(session)),
     },
 }
-_GRIDS = (Trajectory, TrajectoryDiff, Comparison, SiteTrajectories)
 
 
 def register(shell: InteractiveShell) -> None:
     """Teach the shell's formatters to show what nblens returns."""
-    formatters = shell.display_formatter.formatters
-    for cls, renderers in _TYPES.items():
-        for mime, render in renderers.items():
-            formatters[mime].for_type(cls, _printer(mime, render))
-    for cls in _GRIDS:
-        shell.display_formatter.mimebundle_formatter.for_type(cls, _as_grid)
-        for mime in (HTML, PNG):  # what the classes would make themselves
-            formatters[mime].for_type(cls, _nothing)
+    for formatter, cls, render in _registered(shell):
+        formatter.for_type(cls, render)
 
 
 def unregister(shell: InteractiveShell) -> None:
     """Undo `register`."""
-    formatters = shell.display_formatter.formatters
+    for formatter, cls, _ in _registered(shell):
+        formatter.pop(cls, None)
+
+
+def _registered(shell: InteractiveShell) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
+    """Every formatter, type and renderer that belong together."""
+    display: Any = shell.display_formatter
     for cls, renderers in _TYPES.items():
-        for mime in renderers:
-            formatters[mime].pop(cls, None)
-    for cls in _GRIDS:
-        shell.display_formatter.mimebundle_formatter.pop(cls, None)
-        for mime in (HTML, PNG):
-            formatters[mime].pop(cls, None)
+        for mime, render in renderers.items():
+            yield display.formatters[mime], cls, _printer(mime, render)
+    yield display.mimebundle_formatter, Shown, _as_grid
+    for mime in (HTML, PNG):  # what the classes would make themselves
+        yield display.formatters[mime], Shown, _nothing
 
 
 def _printer(mime: str, render: Renderer) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from nblens import plots
 from nblens.errors import NumericalError, UserError, escaped
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
@@ -61,8 +62,8 @@ class Attribution:
     @property
     def remainder(self) -> np.ndarray:
         """What the parts leave of the logits, float32 (n_tokens, n_targets): layers left out, and steering."""
-        total = sum(values.sum(0) for values in self.contributions.values())
-        return self.logits - self.embedding - self.bias - total
+        total = np.sum([values.sum(0) for values in self.contributions.values()], axis=0)
+        return np.asarray(self.logits - self.embedding - self.bias - total)
 
     def to_frame(self) -> pd.DataFrame:
         """One row per part, token position and target."""
@@ -79,8 +80,6 @@ class Attribution:
 
     def plot(self, position: int = -1) -> Figure:
         """Bars over the blocks for one token position, attention and MLP apart, a panel per target."""
-        from nblens import plots
-
         if not isinstance(position, Integral) or not -len(self.tokens) <= position < len(self.tokens):
             raise UserError(f"position {position} is outside these {len(self.tokens)} tokens")
         return plots.attribution_bars(self, position)

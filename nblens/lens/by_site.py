@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from nblens import plots
 from nblens.files import replace_file
+from nblens.lens.cell_panels import panel_of
 from nblens.lens.export import as_frame, as_json
 from nblens.lens.shown import Shown
 from nblens.lens.trajectory import Trajectory
@@ -29,7 +31,7 @@ class SiteTrajectories(Shown, dict[str, Trajectory]):
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """All sites as one JSON object, each a component of a layer; see `Trajectory.to_json`."""
-        text = as_json(self)
+        text = as_json({site: panel_of(trajectory) for site, trajectory in self.items()})
         if path is not None:
             replace_file(path, text.encode())
         return text
@@ -43,6 +45,4 @@ class SiteTrajectories(Shown, dict[str, Trajectory]):
 
     def plot_depth(self, metric: str = "entropy") -> Figure:
         """A metric over depth with a curve for each site; see `Trajectory.plot_depth`."""
-        from nblens import plots
-
         return plots.depth_curves(self, metric)

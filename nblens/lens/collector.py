@@ -36,7 +36,7 @@ class TrajectoryCollector:
 
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""
-        lens: LensSpec = self._spec.lens
+        lens = self._lens
         target_ids = self._target_ids(row, site)
         parts = [_with_targets(part, len(target_ids)) for part in self._parts(row, site)]
         arrays = _joined(parts or [_no_tokens(lens, len(target_ids))])
@@ -69,9 +69,14 @@ class TrajectoryCollector:
             **arrays,
         )
 
+    @property
+    def _lens(self) -> LensSpec:
+        assert self._spec.lens is not None, "the run has no lens"
+        return self._spec.lens
+
     def _target_ids(self, row: int, site: str) -> tuple[int, ...]:
         """What was asked for, or the leaders that the slices from the prompt's end on name."""
-        asked = self._spec.lens.target_ids
+        asked = self._lens.target_ids
         if asked is not None:
             return asked
         return max((piece.target_ids for piece in self._slices[row, site].values()), key=len, default=())
@@ -83,12 +88,13 @@ class TrajectoryCollector:
             for piece in pieces.values() if site != ATTRIBUTION else ():
                 lost = np.isnan(piece.arrays["top_logprobs"][:, :, 0]).sum(1)
                 for layer in np.flatnonzero(lost):
-                    counts[site, self._spec.lens.blocks[layer]] += int(lost[layer])
+                    counts[site, self._lens.blocks[layer]] += int(lost[layer])
         return dict(counts)
 
     def attribution(self, row: int, timings: Mapping[str, float] | None = None) -> Attribution:
         """What has been read so far of one row's logits and their parts."""
-        asked: AttributionSpec = self._spec.attribution
+        asked = self._spec.attribution
+        assert asked is not None, "the run takes no logits apart"
         parts = self._parts(row, ATTRIBUTION) or [_no_logits(asked)]
         arrays = _joined(parts)
         n_tokens = arrays["logits"].shape[1]

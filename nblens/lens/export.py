@@ -1,4 +1,4 @@
-"""Trajectories as JSON and as data frames."""
+"""Panels as JSON, and readouts as data frames."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nblens.lens.cells import PER_CELL, Cells
+from nblens.views.panels import GridPanel
+
 if TYPE_CHECKING:
     import pandas as pd
-
-    from nblens.lens.trajectory import Trajectory
 
 __all__ = ["as_frame", "as_json"]
 
@@ -21,9 +22,9 @@ _VERSION = 1
 _COMPONENTS = {"resid_post": "block", "attn_out": "attn", "mlp_out": "mlp"}
 
 
-def as_json(trajectories: Mapping[str, Trajectory]) -> str:
-    """Trajectories of one run by site, as a JSON object with a line for each token."""
-    first = next(iter(trajectories.values()))
+def as_json(panels: Mapping[str, GridPanel]) -> str:
+    """The likeliest tokens of one run by site, as a JSON object with a line for each token."""
+    first = next(iter(panels.values()))
     header = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -32,7 +33,7 @@ def as_json(trajectories: Mapping[str, Trajectory]) -> str:
         "layers": list(first.layers),
         "prompt_length": first.prompt_length,
     }
-    cells = {_COMPONENTS.get(site, site): _ranked(trajectory) for site, trajectory in trajectories.items()}
+    cells = {_COMPONENTS.get(site, site): _ranked(panel) for site, panel in panels.items()}
     tokens = [
         json.dumps(
             {
@@ -50,16 +51,16 @@ def as_json(trajectories: Mapping[str, Trajectory]) -> str:
     return json.dumps(header)[:-1] + ', "tokens": [\n' + ",\n".join(tokens) + "\n]}\n"
 
 
-def _ranked(trajectory: Trajectory) -> list[list[list[tuple[str, float | None]]]]:
+def _ranked(panel: GridPanel) -> list[list[list[tuple[str, float | None]]]]:
     """[layer][token][rank] → (text, probability); JSON has no NaN, which a model with broken weights may give."""
-    texts = {i: trajectory.token_text(i) for i in np.unique(trajectory.top_ids).tolist()}
-    probabilities = np.exp(trajectory.top_logprobs).tolist()
+    texts = {i: panel.token_text(i) for i in np.unique(panel.top_ids).tolist()}
+    probabilities = np.exp(panel.top_logprobs).tolist()
     return [
         [
             [(texts[i], _seven_digits(p)) for i, p in zip(*cell, strict=True)]
             for cell in zip(*layer, strict=True)
         ]
-        for layer in zip(trajectory.top_ids.tolist(), probabilities, strict=True)
+        for layer in zip(panel.top_ids.tolist(), probabilities, strict=True)
     ]  # fmt: skip
 
 
@@ -67,24 +68,24 @@ def _seven_digits(probability: float) -> float | None:
     return None if np.isnan(probability) else float(f"{probability:.7g}")
 
 
-def as_frame(trajectory: Trajectory, *, long: bool = False) -> pd.DataFrame:
+def as_frame(cells: Cells, *, long: bool = False) -> pd.DataFrame:
     """One row per cell with its metrics, or one per cell and rank; see `Trajectory.to_frame`."""
     import pandas as pd
 
-    layer, position = np.meshgrid(trajectory.layers, np.arange(trajectory.n_tokens), indexing="ij")
+    layer, position = np.meshgrid(cells.layers, np.arange(cells.n_tokens), indexing="ij")
     frame = pd.DataFrame({"layer": layer.ravel(), "position": position.ravel()})
-    frame["token"] = [trajectory.tokens[p] for p in frame["position"]]
+    frame["token"] = [cells.tokens[p] for p in frame["position"]]
     if long:
-        k = trajectory.top_ids.shape[-1]
+        k = cells.top_ids.shape[-1]
         frame = frame.loc[frame.index.repeat(k)].reset_index(drop=True)
         frame["rank"] = np.tile(np.arange(1, k + 1), layer.size)
-    ids = trajectory.top_ids if long else trajectory.top_ids[..., 0]
-    logprobs = trajectory.top_logprobs if long else trajectory.top_logprobs[..., 0]
-    frame["top_token"] = [trajectory.token_text(i) for i in ids.ravel()]
+    ids = cells.top_ids if long else cells.top_ids[..., 0]
+    logprobs = cells.top_logprobs if long else cells.top_logprobs[..., 0]
+    frame["top_token"] = [cells.token_text(i) for i in ids.ravel()]
     frame["top_prob"] = np.exp(logprobs).ravel()
     if not long:
-        for name in ("entropy", "kl_to_final", "next_logprob", "next_rank"):
-            frame[name] = getattr(trajectory, name).ravel()
-        for i, target in enumerate(trajectory.target_ids):
-            frame[f"logprob[{trajectory.token_text(target)}]"] = trajectory.target_logprobs[..., i].ravel()
+        for name in PER_CELL:
+            frame[name] = getattr(cells, name).ravel()
+        for i, target in enumerate(cells.target_ids):
+            frame[f"logprob[{cells.token_text(target)}]"] = cells.target_logprobs[..., i].ravel()
     return frame

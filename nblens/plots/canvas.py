@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from nblens.views.panels import GridPanel
+
 __all__ = [
     "LINE_COLORS",
     "SMALL",
@@ -98,9 +100,9 @@ def clear(ax: Axes) -> None:
     ax.yaxis.label.set_fontsize(9)
 
 
-def origin(trajectory: Any) -> str:
-    """Site, lens and model, for a title."""
-    return f"{plain(trajectory.reading)} · {plain(trajectory.model)}"
+def origin(panel: GridPanel) -> str:
+    """Site, lens, model and circumstances, for a title."""
+    return " · ".join(map(plain, panel.caption))
 
 
 def write_title(ax: Axes, text: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.colors import TITLES, cell_values
+from nblens.colors import Scale
 from nblens.errors import UserError
 from nblens.plots.canvas import (
     LINE_COLORS,
@@ -21,6 +21,7 @@ from nblens.plots.canvas import (
 )
 from nblens.plots.pools import pools
 from nblens.text import fit, plain, visible
+from nblens.views.panels import GridPanel, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,26 +54,27 @@ def token_curves(
     """
     if metric not in ("prob", "rank"):
         raise UserError(f"metric {metric!r} cannot be drawn as curves; one of prob, rank")
-    if not -trajectory.n_tokens <= position < trajectory.n_tokens:
-        raise UserError(f"position {position} is outside this trajectory of {trajectory.n_tokens} tokens")
+    (panel,) = panels_of(trajectory)
+    if not -panel.n_tokens <= position < panel.n_tokens:
+        raise UserError(f"position {position} is outside this trajectory of {panel.n_tokens} tokens")
     figure = new_figure(6.4, 3.6)
     ax = figure.subplots()
     ends = []
-    for number, token_id in enumerate(_token_ids(trajectory, tokens, position)):
-        values = _over_depth(trajectory, token_id, position, metric)
+    for number, token_id in enumerate(_token_ids(panel, tokens, position)):
+        values = _over_depth(panel, token_id, position, metric)
         color = LINE_COLORS[number % len(LINE_COLORS)]
-        ax.plot(trajectory.layers, values, color=color, marker="o", markersize=3, linewidth=1.5)
+        ax.plot(panel.layers, values, color=color, marker="o", markersize=3, linewidth=1.5)
         seen = np.flatnonzero(np.isfinite(values))
         if len(seen):
-            ends.append((values[seen[-1]], visible(trajectory.token_text(token_id)), color))
+            ends.append((values[seen[-1]], visible(panel.token_text(token_id)), color))
     if metric == "prob":
         ax.set(ylim=(-0.03, 1.03), ylabel="probability")
     else:
         rank_axis(ax)
     label_ends(ax, ends)
-    tidy(ax, trajectory.layers)
-    fed = drawable(fit(visible(trajectory.tokens[position]), 24))
-    write_title(ax, f"after {fed} (token {position % trajectory.n_tokens}) · {origin(trajectory)}")
+    tidy(ax, panel.layers)
+    fed = drawable(fit(visible(panel.tokens[position]), 24))
+    write_title(ax, f"after {fed} (token {position % panel.n_tokens}) · {origin(panel)}")
     return figure
 
 
@@ -97,8 +99,8 @@ def depth_curves(obj: Any, metric: str = "entropy") -> Figure:
     figure = new_figure(6.4, 3.4)
     ax = figure.subplots()
     ends, counts = [], []
-    for number, (name, trajectories) in enumerate(named.items()):
-        layers, values = trajectories[0].layers, _by_token(trajectories, metric)
+    for number, (name, panels) in enumerate(named.items()):
+        layers, values = panels[0].layers, _by_token(panels, metric)
         color = LINE_COLORS[number % len(LINE_COLORS)]
         if len(named) == 1 and values.shape[1] <= _SINGLE_LINES:
             ax.plot(layers, values, color=color, alpha=0.18, linewidth=0.6)
@@ -107,60 +109,64 @@ def depth_curves(obj: Any, metric: str = "entropy") -> Figure:
         ax.plot(layers, median, color=color, marker="o", markersize=3, linewidth=1.6, clip_on=False)
         ends.append((median[-1], plain(name), color))
         counts.append(values.shape[1])
-    _metric_axis(ax, metric)
+    everything = [panel for panels in named.values() for panel in panels]
+    _metric_axis(ax, everything[0].metric(metric).scale)
     label_ends(ax, [end for end in ends if end[1]])
-    everything = [trajectory for trajectories in named.values() for trajectory in trajectories]
-    tidy(ax, sorted({layer for trajectory in everything for layer in trajectory.layers}))
+    tidy(ax, sorted({layer for panel in everything for layer in panel.layers}))
     tokens = f"{min(counts)}–{max(counts)}" if len(set(counts)) > 1 else f"{counts[0]}"
-    origins = list(dict.fromkeys(origin(trajectory) for trajectory in everything))
-    shared = f" · {origins[0]}" if len(origins) == 1 else f" · {plain(everything[0].model)}"
-    write_title(ax, f"median and middle half of {tokens} tokens{shared}")
+    origins = list(dict.fromkeys(map(origin, everything)))
+    shared = origins[0] if len(origins) == 1 else plain(everything[0].model)
+    write_title(ax, f"median and middle half of {tokens} tokens · {shared}")
     return figure
 
 
-def _by_token(trajectories: Sequence[Any], metric: str) -> np.ndarray:
+def _by_token(panels: Sequence[GridPanel], metric: str) -> np.ndarray:
     """All tokens that have the metric, side by side, (n_layers, n)."""
-    values = np.concatenate([cell_values(trajectory, metric) for trajectory in trajectories], axis=1)
+    values = np.concatenate([panel.metric(metric).values for panel in panels], axis=1)
     values = values[:, np.isfinite(values).all(0)]
     if values.shape[1] == 0:
         raise UserError("there is no token to draw")
     return values
 
 
-def _metric_axis(ax: Axes, metric: str) -> None:
-    if metric == "rank":
+def _metric_axis(ax: Axes, scale: Scale) -> None:
+    if scale.logarithmic:
         rank_axis(ax)
-    elif metric == "prob":
-        ax.set_ylim(-0.03, 1.03)
-    else:
+    elif scale.fixed:
+        ax.set_ylim(-0.03 * scale.high, 1.03 * scale.high)
+    elif not scale.signed:
         ax.set_ylim(bottom=0)
-    ax.set_ylabel(TITLES[metric])
+    ax.set_ylabel(scale.title)
 
 
-def _token_ids(trajectory: Any, tokens: Sequence[str | int] | None, position: int) -> list[int]:
+def _token_ids(panel: GridPanel, tokens: Sequence[str | int] | None, position: int) -> list[int]:
     if tokens is None:
-        followed = np.isfinite(trajectory.target_logprobs[:, position]).all(0)
-        return (trajectory.target_ids[followed] if followed.any() else trajectory.top_ids[-1, position]).tolist()
+        followed = np.isfinite(panel.target_logprobs[:, position]).all(0)
+        ids = panel.target_ids[followed] if followed.any() else panel.top_ids[-1, position]
+        return [int(token_id) for token_id in ids]
     by_text: dict[str, int] = {}
-    for token_id, text in trajectory.vocabulary.items():
+    for token_id, text in panel.vocabulary.items():
         by_text.setdefault(text, token_id)
         by_text.setdefault(text.strip(), token_id)
     found = []
     for token in tokens:
-        token_id = by_text.get(token) if isinstance(token, str) else int(token)
-        if token_id not in trajectory.vocabulary:
+        chosen = by_text.get(token) if isinstance(token, str) else int(token)
+        if chosen is None or chosen not in panel.vocabulary:
             raise UserError(f"token {token!r} does not occur in this trajectory; ask the lens for it with targets=")
-        found.append(token_id)
+        found.append(chosen)
     return found
 
 
-def _over_depth(trajectory: Any, token_id: int, position: int, metric: str) -> np.ndarray:
-    """Probability or rank of one token by layer; NaN where the trajectory does not hold it."""
-    (target,) = np.nonzero(trajectory.target_ids == token_id)
-    if len(target) and metric == "prob" and np.isfinite(trajectory.target_logprobs[:, position, target[0]]).all():
-        return np.exp(trajectory.target_logprobs[:, position, target[0]].astype(float))
-    if len(target) and metric == "rank" and (trajectory.target_ranks[:, position, target[0]] > 0).all():
-        return trajectory.target_ranks[:, position, target[0]].astype(float)
-    among = trajectory.top_ids[:, position] == token_id
-    values = np.exp(trajectory.top_logprobs[:, position]) if metric == "prob" else 1.0 + np.arange(among.shape[1])
+def _over_depth(panel: GridPanel, token_id: int, position: int, metric: str) -> np.ndarray:
+    """Probability or rank of one token by layer; NaN where the panel does not hold it."""
+    (target,) = np.nonzero(panel.target_ids == token_id)
+    if len(target):
+        logprobs = panel.target_logprobs[:, position, target[0]].astype(float)
+        ranks = panel.target_ranks[:, position, target[0]].astype(float)
+        if metric == "prob" and np.isfinite(logprobs).all():
+            return np.asarray(np.exp(logprobs))
+        if metric == "rank" and (ranks > 0).all():
+            return ranks
+    among = panel.top_ids[:, position] == token_id
+    values = np.exp(panel.top_logprobs[:, position]) if metric == "prob" else 1.0 + np.arange(among.shape[1])
     return np.where(among.any(-1), np.where(among, values, 0).sum(-1), np.nan)

@@ -10,6 +10,7 @@ from nblens.errors import UserError
 from nblens.plots.canvas import LINE_COLORS, drawable, new_figure, text_font, tidy
 from nblens.plots.pools import pools
 from nblens.text import plain
+from nblens.views.panels import GridPanel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,9 +46,9 @@ def decided_histogram(obj: Any, *, against: str = "final", position: int | None 
         trajectories of different layers.
     """
     named = pools(obj)
-    decided = {name: _blocks(trajectories, against, position) for name, trajectories in named.items()}
-    everything = [trajectory for trajectories in named.values() for trajectory in trajectories]
-    layers = sorted({layer for trajectory in everything for layer in trajectory.layers})
+    decided = {name: _blocks(panels, against, position) for name, panels in named.items()}
+    everything = [panel for panels in named.values() for panel in panels]
+    layers = sorted({layer for panel in everything for layer in panel.layers})
     figure = new_figure(6.4, 2.8 if len(named) == 1 else 0.9 + 1.4 * len(named))
     axes = figure.subplots(len(named), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
     for number, (ax, (name, blocks)) in enumerate(zip(axes, decided.items(), strict=True)):
@@ -61,15 +62,15 @@ def decided_histogram(obj: Any, *, against: str = "final", position: int | None 
     return figure
 
 
-def _blocks(trajectories: list[Any], against: str, position: int | None) -> np.ndarray:
+def _blocks(panels: list[GridPanel], against: str, position: int | None) -> np.ndarray:
     """One block a token, -1 for never."""
     found = []
-    for trajectory in trajectories:
-        n_tokens = trajectory.n_tokens
+    for panel in panels:
+        n_tokens = panel.n_tokens
         if position is not None and not -n_tokens <= position < n_tokens:
             raise UserError(f"position {position} is outside a trajectory of {n_tokens} tokens")
         looked_at = slice(None) if position is None else [position]
-        blocks, following = trajectory.decided_at(against)[looked_at], trajectory.next_ids[looked_at]
+        blocks, following = panel.decided_at(against)[looked_at], panel.next_ids[looked_at]
         found.append(blocks[following >= 0] if against == "next" else blocks)
     blocks = np.concatenate(found)
     if not len(blocks):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nblens.colors import Scale, cell_values, changed_values, ink
+from nblens.colors import Scale, ink
 from nblens.errors import UserError
 from nblens.plots.canvas import SMALL, drawable, new_figure, origin, token_font, write_title
 from nblens.text import display_width, fit, visible
+from nblens.views.panels import GridPanel, Metric, panels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,68 +23,48 @@ _TEXT_COLUMNS = 60  # more tokens than this are drawn as colour alone
 _WIDEST = 9
 
 
-def trajectory_grid(obj: Any, metric: str = "prob") -> Figure:
+def trajectory_grid(obj: Any, metric: str | None = None) -> Figure:
     """Layers × tokens, coloured by a metric, with the top token in each cell.
 
     Up to 60 tokens carry their text; longer ones are colour alone.
 
     Parameters
     ----------
-    obj : Trajectory, TrajectoryDiff, Comparison or dict of Trajectory
+    obj : Trajectory, TrajectoryDiff, Comparison, or list or dict of these
         A comparison becomes three grids: base, steered and their difference, which share one scale. A dict, such
         as the trajectories of several sites, becomes a grid for each on one scale.
-    metric : {"prob", "entropy", "kl", "rank"}
+    metric : {"prob", "entropy", "kl", "rank"}, optional
+        None: the first that there is.
 
     Raises
     ------
     UserError
         The metric is unknown, or there is no token.
     """
-    panels = _panels(obj, metric)
-    n_tokens = max((trajectory.n_tokens for _, trajectory, _, _ in panels), default=0)
+    panels = panels_of(obj)
+    n_tokens = max((panel.n_tokens for panel in panels), default=0)
     if n_tokens == 0:
         raise UserError("there is no token to draw")
-    height = sum(1.1 + 0.2 * trajectory.n_layers for _, trajectory, _, _ in panels)
+    metrics = [panel.metric(metric) for panel in panels]
+    height = sum(1.1 + 0.2 * panel.n_layers for panel in panels)
     width = 1.6 + n_tokens * (0.55 if n_tokens <= _TEXT_COLUMNS else 0.06)
     figure = new_figure(min(max(width, 4.0), 36.0), height)
-    ratios = [trajectory.n_layers for _, trajectory, _, _ in panels]
+    ratios = [panel.n_layers for panel in panels]
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for ax, (title, trajectory, values, scale) in zip(axes, panels, strict=True):
-        _draw_grid(figure, ax, title, trajectory, values, scale)
+    for ax, panel, shown in zip(axes, panels, metrics, strict=True):
+        _draw_grid(figure, ax, panel, shown)
     return figure
 
 
-def _panels(obj: Any, metric: str) -> list[tuple[str, Any, np.ndarray, Scale]]:
-    """`(title, trajectory for the axes, values, scale)` of each grid."""
-    if hasattr(obj, "steered"):
-        base, steered = cell_values(obj.base, metric), cell_values(obj.steered, metric)
-        scale = Scale.magnitude(metric, base, steered)
-        diff = obj.diff
-        changed = changed_values(diff, metric)
-        shared = Scale.difference(metric, changed, high=scale.high)
-        return [
-            ("base", obj.base, base, scale),
-            ("steered", obj.steered, steered, scale),
-            ("steered − base", diff.other, changed, shared),
-        ]
-    if hasattr(obj, "other"):
-        changed = changed_values(obj, metric)
-        return [("", obj.other, changed, Scale.difference(metric, changed))]
-    named = obj if isinstance(obj, Mapping) else {"": obj}
-    values = {name: cell_values(trajectory, metric) for name, trajectory in named.items()}
-    scale = Scale.magnitude(metric, *values.values())
-    # a site is its own title: the origin of its grid says it
-    return [("" if name == t.site else str(name), t, values[name], scale) for name, t in named.items()]
-
-
-def _draw_grid(figure: Figure, ax: Axes, title: str, trajectory: Any, values: np.ndarray, scale: Scale) -> None:
+def _draw_grid(figure: Figure, ax: Axes, panel: GridPanel, metric: Metric) -> None:
     from matplotlib.colors import ListedColormap
 
-    levels = scale.levels(values)
-    with_text = trajectory.n_tokens <= _TEXT_COLUMNS
+    scale = metric.scale
+    levels = scale.levels(metric.values)
+    with_text = panel.n_tokens <= _TEXT_COLUMNS
     image = ax.pcolormesh(
-        np.arange(trajectory.n_tokens + 1) - 0.5,
-        np.arange(trajectory.n_layers + 1) - 0.5,
+        np.arange(panel.n_tokens + 1) - 0.5,
+        np.arange(panel.n_layers + 1) - 0.5,
         np.ma.masked_less(levels, 0),
         cmap=ListedColormap(scale.colors),
         vmin=-0.5,
@@ -97,33 +78,33 @@ def _draw_grid(figure: Figure, ax: Axes, title: str, trajectory: Any, values: np
     bar.ax.tick_params(labelsize=SMALL, length=0)
     bar.outline.set_visible(False)
     if with_text:
-        _write_tokens(ax, trajectory, levels, scale)
+        _write_tokens(ax, panel, levels, scale)
     else:
         ax.set_xlabel("token position", fontsize=SMALL)
-    _number_blocks(ax, trajectory.layers)
-    if 0 < trajectory.prompt_length < trajectory.n_tokens:
-        ax.axvline(trajectory.prompt_length - 0.5, color="white", linewidth=3)
+    _number_blocks(ax, panel.layers)
+    if 0 < panel.prompt_length < panel.n_tokens:
+        ax.axvline(panel.prompt_length - 0.5, color="white", linewidth=3)
     ax.tick_params(labelsize=SMALL, length=0)
     ax.spines[:].set_visible(False)
-    write_title(ax, " · ".join(filter(None, [title, scale.title, origin(trajectory)])))
+    write_title(ax, " · ".join(filter(None, [panel.title, scale.title, origin(panel)])))
 
 
-def _write_tokens(ax: Axes, trajectory: Any, levels: np.ndarray, scale: Scale) -> None:
+def _write_tokens(ax: Axes, panel: GridPanel, levels: np.ndarray, scale: Scale) -> None:
     """The top token in each cell, the fed tokens below, what follows above."""
     texts = {
-        i: drawable(fit(visible(trajectory.token_text(i)), _WIDEST))
-        for i in np.unique(np.concatenate([trajectory.top_ids[..., 0].ravel(), trajectory.next_ids])).tolist()
+        i: drawable(fit(visible(panel.token_text(i)), _WIDEST))
+        for i in np.unique(np.concatenate([panel.top_ids[..., 0].ravel(), panel.next_ids])).tolist()
     }
     inks = ["#000000", *(ink(color) for color in scale.colors)]
     for (row, column), level in np.ndenumerate(levels):
-        text = texts[int(trajectory.top_ids[row, column, 0])]
+        text = texts[int(panel.top_ids[row, column, 0])]
         style = {"color": inks[level + 1], "fontsize": _text_size(text), **token_font()}
         ax.text(column, row, text, ha="center", va="center", clip_on=True, **style)
-    places = range(trajectory.n_tokens)
-    fed = [drawable(fit(visible(token), _WIDEST)) for token in trajectory.tokens]
+    places = range(panel.n_tokens)
+    fed = [drawable(fit(visible(token), _WIDEST)) for token in panel.tokens]
     ax.set_xticks(places, labels=fed, **token_font())
     top = ax.secondary_xaxis("top")
-    top.set_xticks(places, labels=[texts[i] if i >= 0 else "" for i in trajectory.next_ids.tolist()], **token_font())
+    top.set_xticks(places, labels=[texts[i] if i >= 0 else "" for i in panel.next_ids.tolist()], **token_font())
     top.tick_params(labelsize=SMALL, length=0, labelcolor="#666666")
     top.spines[:].set_visible(False)
 

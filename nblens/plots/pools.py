@@ -6,35 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from nblens.errors import UserError
+from nblens.views.panels import GridPanel, panels_of
 
 __all__ = ["pools"]
 
 
-def pools(obj: Any) -> dict[str, list[Any]]:
-    """Trajectories by name; the name of a single one, or of a single list, is empty.
+def pools(obj: Any) -> dict[str, list[GridPanel]]:
+    """Panels by name, both runs of a comparison apart; the name of a single one, or of a single list, is empty.
 
     Raises
     ------
     UserError
         Something in it is no trajectory, a list is empty, or a list holds trajectories of different layers.
     """
-    if hasattr(obj, "steered"):
-        obj = {"base": obj.base, "steered": obj.steered}
     named = obj if isinstance(obj, Mapping) else {"": obj}
-    if not named:
+    pooled: dict[str, list[GridPanel]] = {}
+    for name, value in named.items():
+        panels = [panel for panel in panels_of(value) if not panel.sides]
+        if not panels:
+            raise UserError("there is no trajectory to draw")
+        for panel in panels:
+            pooled.setdefault(" ".join(filter(None, [str(name), panel.title])), []).append(panel)
+    if not pooled:
         raise UserError("there is no trajectory to draw")
-    return {str(name): _together(value) for name, value in named.items()}
-
-
-def _together(value: Any) -> list[Any]:
-    trajectories = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not trajectories:
-        raise UserError("there is no trajectory to draw")
-    for trajectory in trajectories:
-        if not hasattr(trajectory, "top_ids"):
-            raise UserError(f"give a trajectory, or a list or dict of them; got {type(trajectory).__name__}")
-    if len({trajectory.layers for trajectory in trajectories}) > 1:
+    if any(len({panel.layers for panel in panels}) > 1 for panels in pooled.values()):
         raise UserError(
             "trajectories of different layers cannot be taken together; name them in a dict to compare them"
         )
-    return trajectories
+    return pooled

@@ -10,7 +10,7 @@ from typing import Any
 from nblens.builder import Prompt
 from nblens.errors import UserError
 from nblens.lens.attribution import Attribution
-from nblens.lens.difference import Comparison
+from nblens.lens.comparison import Comparison
 from nblens.results import RunResult
 from nblens.session.core import SessionCore, Watch
 from nblens.specs import LENS_METRICS, RunSpec

@@ -13,6 +13,7 @@ from nblens.jupyter.grid.live_grid import LiveGrid
 from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
 from nblens.lens.by_site import SiteTrajectories
 from nblens.text import percent, visible
+from nblens.views.panels import panels_of
 
 HOSTILE = "<img src=x onerror=\"document.title='hit'\">"
 
@@ -136,14 +137,11 @@ def test_metric_view_and_site_are_switched_on_the_page(show, page):
 
 @pytest.mark.parametrize("metric", ["prob", "entropy", "kl", "rank"])
 def test_every_number_of_every_view_is_the_one_of_python(show, page, metric):
-    from nblens.colors import cell_values, changed_values
-
     comparison = made_up_comparison(6, 8)
     show(TrajectoryGrid(comparison))
     wanted = {
-        "base": cell_values(comparison.base, metric),
-        "steered": cell_values(comparison.steered, metric),
-        "difference": changed_values(comparison.diff, metric),
+        view: panel.metric(metric).values
+        for view, panel in zip(("base", "steered", "difference"), panels_of(comparison), strict=True)
     }
     for view, values in wanted.items():
         found = page.evaluate(

@@ -5,7 +5,7 @@ from trajectories import made_up, made_up_pair
 
 from nblens.jupyter import display
 from nblens.jupyter.display import Table, show_as
-from nblens.lens.html import render_fragment
+from nblens.views.html import render_fragment
 
 
 def html(shell, obj):

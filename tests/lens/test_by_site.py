@@ -10,7 +10,7 @@ from figures import drawn, texts
 from trajectories import made_up, trajectory_of
 
 from nblens.lens.by_site import SiteTrajectories
-from nblens.lens.html import render_fragment, render_page
+from nblens.views.html import render_fragment, render_page
 
 
 @pytest.fixture

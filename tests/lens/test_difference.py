@@ -7,7 +7,7 @@ import pytest
 from trajectories import trajectory_of
 
 from nblens.errors import UserError
-from nblens.lens.difference import TrajectoryDiff
+from nblens.lens.trajectory import TrajectoryDiff
 
 
 def test_a_difference_is_other_minus_base():

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-from nblens.lens.difference import Comparison
-from nblens.lens.trajectory import Trajectory
+from nblens.jupyter.grid.sheets import Site, drawn_panels, named_panels
+from nblens.lens.export import as_json
+from nblens.views.html import render_page
 
 __all__ = ["EXPORTS", "export"]
 
 EXPORTS = ("html", "json")
 
 
-def export(shown: Any, kind: str, metric: str) -> str:
+def export(sites: tuple[Site, ...], kind: str, metric: str) -> str:
     """A page, or JSON as of `Trajectory.to_json`; of a comparison, and of other sequences, each by its name."""
     if kind == "html":
-        return shown.to_html(metric=metric)
-    if isinstance(shown, Comparison):
-        sides = {"base": shown.base, "steered": shown.steered}
-        return json.dumps({name: json.loads(side.to_json()) for name, side in sides.items()}) + "\n"
-    if isinstance(shown, Trajectory) or len({(t.tokens, t.layers) for t in shown.values()}) == 1:
-        return shown.to_json()
-    return json.dumps({name: json.loads(trajectory.to_json()) for name, trajectory in shown.items()}) + "\n"
+        name = "SiteTrajectories" if len(sites) > 1 else type(sites[0].shown).__name__
+        return render_page(drawn_panels(sites), metric=metric, name=name)
+    panels = named_panels(sites)
+    if len(panels) == 1:
+        return as_json({panel.site: panel for panel in panels.values()})
+    if len(sites) > 1 and len({(panel.tokens, panel.layers) for panel in panels.values()}) == 1:
+        return as_json(panels)
+    return json.dumps({name: json.loads(as_json({panel.site: panel})) for name, panel in panels.items()}) + "\n"

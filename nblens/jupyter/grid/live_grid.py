@@ -36,21 +36,22 @@ class GrowingGrid:
         """Show what has been read so far."""
         if self._grid is not None:
             self._grid.update(partial)
-        elif any(trajectory.n_tokens for site in read_sites((partial,)) for trajectory in site.trajectories.values()):
-            self._show(partial)
+        elif any(site.n_tokens for site in read_sites([partial])):
+            self._grid = self._shown(partial)
 
     def complete(self, result: Any) -> TrajectoryGrid:
         """The grid, with everything on it and on the page."""
         if self._grid is None:
-            self._show(result)
+            self._grid = self._shown(result)
         else:
             self._grid.update(result)
         return self._grid
 
-    def _show(self, partial: Any) -> None:
-        self._grid = TrajectoryGrid(partial, metric=self._metric)
-        belongs_to_cell(self._grid)
-        self._grid.show_widget()
+    def _shown(self, partial: Any) -> TrajectoryGrid:
+        grid = TrajectoryGrid(partial, metric=self._metric)
+        belongs_to_cell(grid)
+        grid.show_widget()
+        return grid
 
 
 class LiveGrid(TrajectoryGrid):
@@ -142,6 +143,7 @@ class _Background:
                 return
             kind = "" if isinstance(failed, NblensError) else f"{type(failed).__name__}: "
             error = kind + first_line(failed)
+        assert self.grid is not None, "a run tells what it has read before it ends"
         self.grid._finish(result, error)
 
     def _watch(self, partial: Any) -> bool:

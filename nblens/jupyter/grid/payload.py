@@ -1,4 +1,4 @@
-"""Trajectories as the bytes that travel to a page, token by token, so that new tokens go at the end.
+"""Panels as the bytes that travel to a page, token by token, so that new tokens go at the end.
 
 One code serves the first picture and each step of growth: a header that JSON can hold, and one run of bytes with
 arrays that begin with the token axis. For 80 blocks × 2,000 tokens × top 5 that is about 6 MB.
@@ -8,9 +8,8 @@ array      type     shape               content
 ========== ======== =================== =====================================================
 top        u2 or u4 (tokens, layers, k) places in the widget's own vocabulary
 prob       u2       (tokens, layers, k) log-probabilities, see `encode_logprobs`
-entropy    f4       (tokens, layers)    nats
-kl         f4       (tokens, layers)    nats
-rank       u4       (tokens, layers)    of the token that follows; 0 where there is none
+a metric   f4       (tokens, layers)    each under its name, such as entropy; but for prob, which is the top token's
+a rank     u4       (tokens, layers)    a metric on a logarithmic scale; 0 where there is none
 next_prob  u2       (tokens, layers)    of the token that follows
 next       u4       (tokens,)           place in the vocabulary; 2³²−1 where there is none
 targets    u2       (tokens, layers, n) log-probabilities of the targets
@@ -24,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from nblens.lens.trajectory import Trajectory
 from nblens.text import visible
+from nblens.views.panels import GridPanel, Metric
 
 __all__ = ["NONE", "Vocabulary", "decode_logprobs", "encode_columns", "encode_logprobs"]
 
@@ -64,19 +63,19 @@ class Vocabulary:
     def __contains__(self, token_id: object) -> bool:
         return token_id in self._places
 
-    def places(self, ids: np.ndarray, trajectory: Trajectory) -> np.ndarray:
+    def places(self, ids: np.ndarray, panel: GridPanel) -> np.ndarray:
         """Places of token ids, uint32; new ones are taken in, and −1 has none."""
         unique, inverse = np.unique(ids, return_inverse=True)
-        found = [self._place(token_id, trajectory) for token_id in unique.tolist()]
+        found = [self._place(token_id, panel) for token_id in unique.tolist()]
         return np.asarray(found, dtype="<u4")[inverse].reshape(ids.shape)
 
-    def _place(self, token_id: int, trajectory: Trajectory) -> int:
+    def _place(self, token_id: int, panel: GridPanel) -> int:
         if token_id < 0:
             return NONE
         place = self._places.setdefault(token_id, len(self.ids))
         if place == len(self.ids):
             self.ids.append(token_id)
-            self.texts.append(trajectory.token_text(token_id))
+            self.texts.append(panel.token_text(token_id))
         return place
 
     def id_of(self, text: str) -> int | None:
@@ -94,13 +93,13 @@ class Vocabulary:
 
 
 def encode_columns(
-    parts: Iterable[tuple[str, str, Trajectory, int]], vocabulary: Vocabulary
+    parts: Iterable[tuple[str, str, GridPanel, int]], vocabulary: Vocabulary
 ) -> tuple[list[dict[str, Any]], bytes]:
-    """Headers and bytes of `(site, view, trajectory, first token)`: the tokens from the first one on."""
+    """Headers and bytes of `(site, view, panel, first token)`: the tokens from the first one on."""
     headers, blobs, offset = [], [], 0
-    for site, view, trajectory, start in parts:
+    for site, view, panel, start in parts:
         arrays = []
-        for name, array in _arrays(trajectory, start, vocabulary).items():
+        for name, array in _arrays(panel, start, vocabulary).items():
             blob = np.ascontiguousarray(array).tobytes()
             blob += bytes(-len(blob) % 4)
             arrays.append([name, array.dtype.str[1:], offset, array.size])
@@ -111,27 +110,31 @@ def encode_columns(
                 "site": site,
                 "view": view,
                 "start": start,
-                "tokens": [visible(text) for text in trajectory.tokens[start:]],
-                "target_ids": vocabulary.places(trajectory.target_ids, trajectory).tolist(),
-                "prompt_length": trajectory.prompt_length,
+                "tokens": [visible(text) for text in panel.tokens[start:]],
+                "target_ids": vocabulary.places(panel.target_ids, panel).tolist(),
+                "prompt_length": panel.prompt_length,
                 "arrays": arrays,
             }
         )
     return headers, b"".join(blobs)
 
 
-def _arrays(trajectory: Trajectory, start: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    def columns(name: str) -> np.ndarray:
-        return np.swapaxes(getattr(trajectory, name)[:, start:], 0, 1)
+def _arrays(panel: GridPanel, start: int, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    def columns(array: np.ndarray) -> np.ndarray:
+        return np.swapaxes(array[:, start:], 0, 1)
 
-    places = vocabulary.places(columns("top_ids"), trajectory)
+    places = vocabulary.places(columns(panel.top_ids), panel)
     return {
         "top": places.astype("<u2") if len(vocabulary) <= 2**16 else places,
-        "prob": encode_logprobs(columns("top_logprobs")),
-        "entropy": columns("entropy").astype("<f4"),
-        "kl": columns("kl_to_final").astype("<f4"),
-        "rank": np.maximum(columns("next_rank"), 0).astype("<u4"),
-        "next_prob": encode_logprobs(columns("next_logprob")),
-        "next": vocabulary.places(trajectory.next_ids[start:], trajectory),
-        "targets": encode_logprobs(columns("target_logprobs")),
+        "prob": encode_logprobs(columns(panel.top_logprobs)),
+        **{metric.name: columns(_numbers(metric)) for metric in panel.metrics if metric.name != "prob"},
+        "next_prob": encode_logprobs(columns(panel.next_logprob)),
+        "next": vocabulary.places(panel.next_ids[start:], panel),
+        "targets": encode_logprobs(columns(panel.target_logprobs)),
     }
+
+
+def _numbers(metric: Metric) -> np.ndarray:
+    if metric.scale.logarithmic and not metric.scale.signed:
+        return np.where(np.isnan(metric.values), 0, metric.values).astype("<u4")
+    return metric.values.astype("<f4")

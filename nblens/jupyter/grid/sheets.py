@@ -1,57 +1,58 @@
-"""What a grid shows, from the objects that it is made of: named sites, each with one trajectory or two to compare."""
+"""What a grid shows, from the objects that it is made of: named sites, each with the panels of one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from nblens.errors import UserError
-from nblens.layers import parse_layers
-from nblens.lens.by_site import SiteTrajectories
-from nblens.lens.difference import Comparison, TrajectoryDiff
-from nblens.lens.trajectory import Trajectory
+from nblens.lens.shown import Shown
+from nblens.views.panels import GridPanel, panels_of
 
-__all__ = ["BASE", "DIFFERENCE", "STEERED", "Site", "joined", "read_sites", "shown_object"]
+__all__ = ["BASE", "DIFFERENCE", "STEERED", "Site", "drawn_panels", "named_panels", "read_sites"]
 
 BASE, STEERED, DIFFERENCE = "base", "steered", "difference"
-_PER_CELL = ("top_ids", "top_logprobs", "entropy", "kl_to_final", "next_logprob", "next_rank")
-_PER_TARGET = ("target_logprobs", "target_ranks")
 
 
 @dataclass(frozen=True)
 class Site:
-    """One grid among which the reader can switch: a trajectory, or two of the same prompt."""
+    """One grid among which the reader can switch: a panel, or two of the same prompt and what differs."""
 
     name: str
-    base: Trajectory
-    steered: Trajectory | None = None
+    shown: Shown
+    panel: GridPanel
+    """what is looked at first: the difference where there is one"""
+
+    @classmethod
+    def of(cls, shown: Shown, name: str = "") -> Site:
+        """The last of an object's panels; a difference tells of both its sides."""
+        panel = shown._panels()[-1]
+        return cls(name or panel.site, shown, panel)
 
     @property
-    def trajectories(self) -> dict[str, Trajectory]:
-        """By view, without the difference, which is drawn from both."""
-        return {BASE: self.base} if self.steered is None else {BASE: self.base, STEERED: self.steered}
+    def sheets(self) -> dict[str, GridPanel]:
+        """The panels that travel, by view; the page draws the difference from both."""
+        return dict(zip((BASE, STEERED), self.panel.sides or [self.panel], strict=False))
 
     @property
     def views(self) -> tuple[str, ...]:
         """What can be looked at."""
-        return (BASE,) if self.steered is None else (BASE, STEERED, DIFFERENCE)
+        return (BASE, STEERED, DIFFERENCE) if self.panel.sides else (BASE,)
 
     @property
-    def n_shared(self) -> int:
-        """Tokens over which the two can be compared."""
-        return self.base.n_tokens if self.steered is None else self.base.diff(self.steered).base.n_tokens
+    def n_tokens(self) -> int:
+        """Columns of the longest panel."""
+        return max(panel.n_tokens for panel in self.sheets.values())
 
 
-def read_sites(objects: tuple[Any, ...], layers: Any = None) -> tuple[Site, ...]:
+def read_sites(objects: Iterable[Any], layers: Any = None) -> tuple[Site, ...]:
     """Sites of one object or several, by their names; `layers` leaves out the other blocks.
 
     Raises
     ------
     UserError
-        There is nothing to show, or something that is no trajectory.
+        There is nothing to show, or something that has no panels.
     """
     sites: dict[str, Site] = {}
     for obj in objects:
@@ -67,87 +68,29 @@ def read_sites(objects: tuple[Any, ...], layers: Any = None) -> tuple[Site, ...]
 
 
 def _site(name: str, obj: Any, layers: Any) -> Site:
-    if isinstance(obj, Trajectory):
-        one, other = obj, None
-    elif isinstance(obj, Comparison):
-        one, other = obj.base, obj.steered
-    elif isinstance(obj, TrajectoryDiff):
-        one, other = obj.base, obj.other
-    else:
+    if not isinstance(obj, Shown):
         raise UserError(f"a grid shows trajectories, comparisons and differences, not {type(obj).__name__}")
-    if layers is not None:
-        one, other = _at_layers(one, layers), None if other is None else _at_layers(other, layers)
-    if other is not None and (one.layers != other.layers or one.top_ids.shape[-1] != other.top_ids.shape[-1]):
+    site = Site.of(obj if layers is None else obj._at_layers(layers), name)
+    if len({(panel.layers, panel.top_ids.shape[-1]) for panel in site.sheets.values()}) > 1:
         raise UserError("the two sides of a comparison were read at different layers or with different top_k")
-    return Site(name or one.site, one, other)
+    return site
 
 
-def _at_layers(trajectory: Trajectory, layers: Any) -> Trajectory:
-    wanted = parse_layers(layers, trajectory.n_blocks)
-    rows = [row for row, layer in enumerate(trajectory.layers) if layer in wanted]
-    if not rows:
-        raise UserError(f"layers {layers!r} were not read; the trajectory holds {list(trajectory.layers)}")
-    cut = {name: getattr(trajectory, name)[rows] for name in (*_PER_CELL, *_PER_TARGET)}
-    return replace(trajectory, layers=tuple(trajectory.layers[row] for row in rows), **cut)
-
-
-def joined(one: Trajectory, more: Trajectory) -> Trajectory:
-    """A trajectory and the tokens after it as one.
-
-    What follows the last token of `one` is now known; its rank and probability are taken from the top k, and stay
-    unknown where it is not among them.
-
-    Raises
-    ------
-    UserError
-        The two were read differently.
-    """
-    same = ("layers", "site", "n_blocks")
-    if any(getattr(one, name) != getattr(more, name) for name in same) or (
-        one.top_ids.shape[-1] != more.top_ids.shape[-1] or not np.array_equal(one.target_ids, more.target_ids)
-    ):
-        raise UserError(f"cannot append {more!r} to {one!r}: other layers, site, targets or top_k")
-    if not more.n_tokens:
-        return one
-    one = _followed_by(one, int(more.token_ids[0])) if one.n_tokens else one
-    arrays: dict[str, Any] = {
-        name: np.concatenate([getattr(one, name), getattr(more, name)]) for name in ("token_ids", "next_ids")
-    }
-    arrays |= {
-        name: np.concatenate([getattr(one, name), getattr(more, name)], axis=1) for name in (*_PER_CELL, *_PER_TARGET)
-    }
-    return replace(
-        one,
-        tokens=one.tokens + more.tokens,
-        vocabulary={**one.vocabulary, **more.vocabulary},
-        prompt_length=one.prompt_length if one.prompt_length < one.n_tokens else one.n_tokens + more.prompt_length,
-        **arrays,
-    )
-
-
-def _followed_by(trajectory: Trajectory, token_id: int) -> Trajectory:
-    """The trajectory with what follows its last token filled in, if that was not known."""
-    if trajectory.next_ids[-1] == token_id:
-        return trajectory
-    next_ids, rank, logprob = (getattr(trajectory, n).copy() for n in ("next_ids", "next_rank", "next_logprob"))
-    here = trajectory.top_ids[:, -1] == token_id
-    found = here.any(-1)
-    place = here.argmax(-1)
-    next_ids[-1] = token_id
-    rank[:, -1] = np.where(found, place + 1, -1)
-    values = np.take_along_axis(trajectory.top_logprobs[:, -1], place[:, None], -1)[:, 0]
-    logprob[:, -1] = np.where(found, values, np.nan)
-    return replace(trajectory, next_ids=next_ids, next_rank=rank, next_logprob=logprob)
-
-
-def shown_object(sites: tuple[Site, ...]) -> Any:
-    """What the rest of nblens draws for the same: a trajectory, a comparison, or trajectories by name."""
+def named_panels(sites: tuple[Site, ...]) -> dict[str, GridPanel]:
+    """Every panel that travels, by what tells it from the others: its site, its view, or both."""
     if len(sites) == 1:
-        (site,) = sites
-        return site.base if site.steered is None else Comparison(site.base, site.steered)
-    plain = {
-        f"{site.name} {view}" if site.steered else site.name: trajectory
+        return sites[0].sheets
+    return {
+        f"{site.name} {view}" if site.panel.sides else site.name: panel
         for site in sites
-        for view, trajectory in site.trajectories.items()
+        for view, panel in site.sheets.items()
     }
-    return SiteTrajectories(plain)
+
+
+def drawn_panels(sites: tuple[Site, ...]) -> tuple[GridPanel, ...]:
+    """What stands for the grid where no page can show it; of several sites without their differences."""
+    if len(sites) > 1:
+        return panels_of({site.name: list(site.sheets.values()) for site in sites})
+    panel = sites[0].panel
+    sides = tuple(replace(side, text="") for side in panel.sides)  # the grid has no place for them either
+    return panels_of([*sides, replace(panel, sides=sides)])

@@ -7,21 +7,21 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from html import escape
 from threading import RLock
-from typing import Any
+from typing import Any, TypeGuard
 
 import anywidget
 import numpy as np
 import traitlets
 
-from nblens.colors import Scale, cell_values
+from nblens.colors import Scale
 from nblens.errors import UserError, escaped, first_line
 from nblens.jupyter.assets import script, style
 from nblens.jupyter.grid.exports import EXPORTS, export
 from nblens.jupyter.grid.payload import Vocabulary, encode_columns
-from nblens.jupyter.grid.sheets import DIFFERENCE, Site, joined, read_sites, shown_object
+from nblens.jupyter.grid.sheets import Site, drawn_panels, read_sites
 from nblens.jupyter.stand_in import WithStandIn
-from nblens.lens.html import render_fragment
-from nblens.lens.trajectory import METRICS, Trajectory
+from nblens.views.html import render_fragment
+from nblens.views.panels import GridPanel
 
 __all__ = ["TrajectoryGrid"]
 
@@ -48,6 +48,7 @@ _FROM_PAGE = frozenset({"metric", "view", "site", "selection", "_pinned_ids", "_
 _MOST_PINNED = 64
 _MOST_STATIC_CELLS = 6_000  # larger ones are a picture alone where there is no kernel: a table would be megabytes
 _DPI = 110
+_FROM_THE_FIRST: Mapping[tuple[str, str], int] = {}  # no panel starts later
 
 
 class _RefusedError(UserError, traitlets.TraitError):
@@ -68,8 +69,8 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     *objects : Trajectory, SiteTrajectories, Comparison, TrajectoryDiff, or dicts of these
         Several become sites among which one switches; all share one scale. A comparison can be looked at as
         base, as steered, or as their difference.
-    metric : {"prob", "entropy", "kl", "rank"}
-        What colours the cells.
+    metric : {"prob", "entropy", "kl", "rank"}, optional
+        What colours the cells; None: the first that there is.
     layers : layer spec, optional
         Show these blocks only, such as "0-11" or "::4".
     view : {"base", "steered", "difference"}, optional
@@ -103,7 +104,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     def __init__(
         self,
         *objects: Any,
-        metric: str = "prob",
+        metric: str | None = None,
         layers: Any = None,
         view: str | None = None,
         site: str | None = None,
@@ -113,15 +114,16 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         self._layers = layers
         self._sites = read_sites(objects, layers)
         self._vocabulary = Vocabulary()
-        self._parts(dict.fromkeys(self._keys(), 0), encode=False)
+        for panel in self._sheets.values():
+            for ids in (panel.top_ids, panel.next_ids, panel.target_ids):
+                self._vocabulary.places(ids, panel)
         self._highs: dict[str, float] = {}
-        self._rescale(dict.fromkeys(self._keys(), 0))
+        self._rescale(_FROM_THE_FIRST)
         self._esm, self._css = script(*_SCRIPTS), style("grid/grid")
         self._owns_layout = "layout" not in options
-        views = self._views
         super().__init__(
-            metric=metric,
-            view=view or (DIFFERENCE if DIFFERENCE in views else views[0]),
+            metric=metric or next(iter(self._scales)),
+            view=view or self._views[-1],
             site=site or self._sites[0].name,
             _n_tokens=self.n_tokens,
             **options,
@@ -131,7 +133,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     @property
     def n_tokens(self) -> int:
         """Tokens of the longest trajectory shown."""
-        return max(trajectory.n_tokens for site in self._sites for trajectory in site.trajectories.values())
+        return max(site.n_tokens for site in self._sites)
 
     def append(self, *objects: Any) -> None:
         """Add the tokens that come next, in the same form as the grid was made from; only these travel to the page.
@@ -144,11 +146,8 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             The new tokens were read at other layers or sites.
         """
         with self._lock:
-            grown = []
-            for old, new in self._matched(objects):
-                steered = old.steered if new.steered is None else joined(old.steered, new.steered)
-                grown.append(Site(old.name, joined(old.base, new.base), steered))
-            self._replace(tuple(grown))
+            matched = self._matched(objects)
+            self._replace(tuple(Site.of(old.shown._followed_by(new.shown), old.name) for old, new in matched))
 
     def update(self, *objects: Any) -> None:
         """Show longer trajectories of the same run; only what is new in them travels to the page.
@@ -161,11 +160,11 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             The trajectories were read at other layers or sites.
         """
         with self._lock:
-            grown = tuple(Site(old.name, new.base, new.steered) for old, new in self._matched(objects))
-            for old, new in zip(self._sites, grown, strict=True):
-                if old.base.layers != new.base.layers or old.base.top_ids.shape[-1] != new.base.top_ids.shape[-1]:
-                    raise UserError(f"{new.base!r} does not continue {old.base!r}: other layers or top_k")
-            self._replace(grown)
+            matched = self._matched(objects)
+            for old, new in matched:
+                if old.panel.layers != new.panel.layers or old.panel.top_ids.shape[-1] != new.panel.top_ids.shape[-1]:
+                    raise UserError(f"{new.shown!r} does not continue {old.shown!r}: other layers or top_k")
+            self._replace(tuple(new for _, new in matched))
 
     def set_state(self, sync_data: Mapping[str, Any]) -> None:
         """Take what the page changed: only what a reader can change there, and nothing out of range."""
@@ -177,10 +176,10 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             self.send({"type": "error", "text": first_line(error)})
 
     def __repr__(self) -> str:
-        site = self._sites[0]
-        size = f"{site.base.n_layers} layers × {self.n_tokens} tokens"
+        panel = self._sites[0].panel
+        size = f"{panel.n_layers} layers × {self.n_tokens} tokens"
         names = ", ".join(site.name for site in self._sites)
-        return escaped(f"TrajectoryGrid({size} at {names}, {site.base.model})")
+        return escaped(f"TrajectoryGrid({size} at {names}, {panel.model})")
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         """The live widget, and for what cannot show it a picture, a table and a line of text."""
@@ -188,7 +187,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         data, metadata = made if isinstance(made, tuple) else (made or {}, {})
         data = {**data, "text/plain": repr(self)}
         with self._lock:
-            shown = shown_object(self._sites)
+            shown = drawn_panels(self._sites)
         if self.n_tokens:
             data["image/png"] = _picture(shown, self.metric)
             if self._n_cells <= _MOST_STATIC_CELLS:
@@ -198,14 +197,14 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     def _as_html(self) -> str:
         """A table of the cells, or a picture where they are too many for one."""
         with self._lock:
-            shown = shown_object(self._sites)
+            shown = drawn_panels(self._sites)
         if self._n_cells <= _MOST_STATIC_CELLS:
             return render_fragment(shown, metric=self.metric)
         return f'<img alt="{escape(repr(self))}" src="data:image/png;base64,{_picture(shown, self.metric)}">'
 
     @property
     def _n_cells(self) -> int:
-        return sum(t.n_tokens * t.n_layers for site in self._sites for t in site.trajectories.values())
+        return sum(panel.n_tokens * panel.n_layers for panel in self._sheets.values())
 
     # What is shown, and how it travels
 
@@ -213,22 +212,23 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     def _views(self) -> tuple[str, ...]:
         return max((site.views for site in self._sites), key=len)
 
-    def _keys(self) -> Iterable[tuple[str, str]]:
-        return [(site.name, view) for site in self._sites for view in site.trajectories]
+    @property
+    def _sheets(self) -> dict[tuple[str, str], GridPanel]:
+        """Every panel that travels, by site and view."""
+        return {(site.name, view): panel for site in self._sites for view, panel in site.sheets.items()}
 
     def _matched(self, objects: tuple[Any, ...]) -> list[tuple[Site, Site]]:
         new = {site.name: site for site in read_sites(objects, self._layers)}
         if list(new) != [site.name for site in self._sites]:
             raise UserError(f"this grid shows {', '.join(s.name for s in self._sites)}, not {', '.join(new)}")
         pairs = [(site, new[site.name]) for site in self._sites]
-        if any(old.views != site.views for old, site in pairs):
+        if any(type(old.shown) is not type(site.shown) for old, site in pairs):
             raise UserError("a comparison continues as a comparison, a trajectory as a trajectory")
         return pairs
 
     def _replace(self, sites: tuple[Site, ...]) -> None:
-        before = {(site.name, view): t for site in self._sites for view, t in site.trajectories.items()}
-        self._sites = sites
-        starts = {key: _first_new(before[key], self._trajectory(*key)) for key in self._keys()}
+        before, self._sites = self._sheets, sites
+        starts = {key: _first_new(before[key], panel) for key, panel in self._sheets.items()}
         known = len(self._vocabulary)
         self._rescale(starts)
         header, data = self._parts(starts, known)
@@ -237,44 +237,44 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
 
     def _everything(self) -> dict[str, Any]:
         with self._lock:
-            header, data = self._parts(dict.fromkeys(self._keys(), 0))
+            header, data = self._parts(_FROM_THE_FIRST)
         return {"header": header, "bytes": memoryview(data)}
 
-    def _trajectory(self, site: str, view: str) -> Trajectory:
-        return next(s for s in self._sites if s.name == site).trajectories[view]
-
-    def _parts(self, starts: Mapping[Any, int], known: int = 0, *, encode: bool = True) -> tuple[dict[str, Any], bytes]:
-        """The tokens from each trajectory's start on, with the texts from place `known` of the vocabulary on."""
-        parts = [(*key, self._trajectory(*key), starts[key]) for key in self._keys()]
-        if not encode:
-            for _, _, trajectory, _ in parts:
-                for ids in (trajectory.top_ids, trajectory.next_ids, trajectory.target_ids):
-                    self._vocabulary.places(ids, trajectory)
-            return {}, b""
+    def _parts(self, starts: Mapping[tuple[str, str], int], known: int = 0) -> tuple[dict[str, Any], bytes]:
+        """The tokens from each panel's start on, with the texts from place `known` of the vocabulary on."""
+        parts = ((*key, panel, starts.get(key, 0)) for key, panel in self._sheets.items())
         sheets, data = encode_columns(parts, self._vocabulary)
         header = {
             "sheets": sheets,
             "vocabulary": self._vocabulary.header(known),
             "sites": [_facts(site) for site in self._sites],
-            "scales": {metric: _scale(metric, self._highs.get(metric)) for metric in METRICS},
+            "scales": {
+                name: {"high": scale.high, "logarithmic": scale.logarithmic} for name, scale in self._scales.items()
+            },
         }
         return header, data
 
-    def _rescale(self, starts: Mapping[Any, int]) -> None:
+    def _rescale(self, starts: Mapping[tuple[str, str], int]) -> None:
         """One scale for every site and view; it only ever grows, by the tokens that are new."""
-        for metric in METRICS:
-            found = [np.array([self._highs.get(metric, np.nan)])]
-            found += [cell_values(self._trajectory(*key), metric)[:, start:].ravel() for key, start in starts.items()]
-            values = np.concatenate(found)
-            values = values[np.isfinite(values)]
-            if values.size:
-                self._highs[metric] = float(values.max())
+        for key, panel in self._sheets.items():
+            for metric in panel.metrics:
+                new = metric.values[:, starts.get(key, 0) :]
+                new = new[np.isfinite(new)]
+                if new.size:
+                    top = float(np.abs(new).max() if metric.scale.signed else new.max())
+                    self._highs[metric.name] = max(top, self._highs.get(metric.name, top))
+
+    @property
+    def _scales(self) -> dict[str, Scale]:
+        """By metric, as far as the numbers met so far reach."""
+        scales = {metric.name: metric.scale for panel in self._sheets.values() for metric in panel.metrics}
+        return {name: scale.covering(np.array(self._highs.get(name, np.nan))) for name, scale in scales.items()}
 
     # What comes from the page or from the user
 
     @traitlets.validate("metric")
     def _check_metric(self, proposal: Any) -> str:
-        return _one_of("metric", proposal["value"], METRICS)
+        return _one_of("metric", proposal["value"], self._scales)
 
     @traitlets.validate("view")
     def _check_view(self, proposal: Any) -> str:
@@ -291,9 +291,9 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             return None
         if not isinstance(value, list | tuple) or len(value) != 2 or not all(map(_whole, value)):
             raise _RefusedError(f"selection {value!r:.80} is not (block, token position) or None")
-        blocks = {layer for site in self._sites for layer in site.base.layers}
+        blocks = {layer for site in self._sites for layer in site.panel.layers}
         layer, token = int(value[0]), int(value[1])
-        layer += max(site.base.n_blocks for site in self._sites) if layer < 0 else 0
+        layer += max(site.panel.n_blocks for site in self._sites) if layer < 0 else 0
         token += self.n_tokens if token < 0 else 0
         if layer not in blocks or not 0 <= token < self.n_tokens:
             raise _RefusedError(f"selection {(int(value[0]), int(value[1]))} is outside this grid: {self!r}")
@@ -336,13 +336,13 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         kind = message.get("type") if isinstance(message, dict) else None
         if kind == "refresh":
             with self._lock:
-                header, data = self._parts(dict.fromkeys(self._keys(), 0))
+                header, data = self._parts(_FROM_THE_FIRST)
                 self.send({"type": "grow", **header}, [data])
         elif kind == "export" and message.get("format") in EXPORTS and _whole(message.get("id")):
             with self._lock:
-                shown = shown_object(self._sites)
+                sites = self._sites
             try:
-                text = export(shown, message["format"], self.metric)
+                text = export(sites, message["format"], self.metric)
             except Exception as error:  # whatever it is, the reader has to see it: there is no cell to print it
                 self.send({"type": "error", "text": first_line(error)})
             else:
@@ -352,7 +352,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
             self.send({"type": "error", "text": "the grid was sent a message that it does not know"})
 
 
-def _first_new(before: Trajectory, after: Trajectory) -> int:
+def _first_new(before: GridPanel, after: GridPanel) -> int:
     """The first token that the page does not hold as it is now; what follows the last one often became known."""
     length = min(before.n_tokens, after.n_tokens)
     if not np.array_equal(before.target_ids, after.target_ids):
@@ -361,33 +361,31 @@ def _first_new(before: Trajectory, after: Trajectory) -> int:
         before.next_ids[:length] == after.next_ids[:length]
     )
     same &= (before.top_ids[:, :length] == after.top_ids[:, :length]).all((0, 2))
-    same &= (before.next_rank[:, :length] == after.next_rank[:, :length]).all(0)
+    for one, other in zip(before.metrics, after.metrics, strict=True):
+        here, there = one.values[:, :length], other.values[:, :length]
+        same &= ((here == there) | (np.isnan(here) & np.isnan(there))).all(0)
     return length if same.all() else int(np.argmin(same))
 
 
 def _facts(site: Site) -> dict[str, Any]:
-    base = site.base
+    panel = site.panel
+    reading, *others = panel.caption
     return {
         "name": site.name,
         "views": list(site.views),
-        "layers": list(base.layers),
-        "k": base.top_ids.shape[-1],
-        "n_shared": site.n_shared,
-        "reading": base.reading,
-        "model": base.model,
-        "n_blocks": base.n_blocks,
+        "layers": list(panel.layers),
+        "k": panel.top_ids.shape[-1],
+        "n_shared": panel.n_tokens,
+        "reading": reading,
+        "model": " · ".join(others),
+        "n_blocks": panel.n_blocks,
     }
 
 
-def _scale(metric: str, high: float | None) -> dict[str, Any]:
-    scale = Scale.magnitude(metric, np.array([np.nan if high is None else high]))
-    return {"high": scale.high, "logarithmic": scale.logarithmic}
-
-
-def _picture(shown: Any, metric: str) -> str:
+def _picture(panels: tuple[GridPanel, ...], metric: str) -> str:
     from nblens import plots
 
-    figure = plots.trajectory_grid(shown, metric=metric)
+    figure = plots.trajectory_grid(panels, metric=metric)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
     return b64encode(buffer.getvalue()).decode("ascii")
@@ -399,5 +397,5 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and abs(int(value)) < 2**53

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from nblens.errors import UserError
-from nblens.lens.trajectory import METRICS
+from nblens.lens.cells import METRICS
 
 __all__ = [
     "GENERATE",

@@ -42,7 +42,7 @@ from nblens.jupyter.magics.arguments import GENERATE, LENS, LOAD, MagicParser, c
 from nblens.jupyter.magics.completion import match_magic
 from nblens.jupyter.magics.steer_arguments import COMMANDS, EXTRACT, STEER
 from nblens.jupyter.stand_in import behind_pages
-from nblens.lens.html import render_texts
+from nblens.views.html import render_texts
 
 if TYPE_CHECKING:
     from IPython.core.interactiveshell import InteractiveShell

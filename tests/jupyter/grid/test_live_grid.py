@@ -12,7 +12,7 @@ import nblens
 from nblens.errors import UserError
 from nblens.jupyter.grid.live_grid import GrowingGrid, LiveGrid
 from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
-from nblens.lens.html import render_fragment
+from nblens.views.html import render_fragment
 
 HTML, WIDGET = "text/html", "application/vnd.jupyter.widget-view+json"
 

@@ -145,8 +145,8 @@ def test_layers_leave_out_the_other_blocks(make):
 def test_one_scale_covers_every_site_and_view(make):
     grid = make(made_up_comparison(6, 8), {"other": made_up(6, 4, seed=9)})
     header, _ = received(grid)
-    everything = [t for site in grid._sites for t in site.trajectories.values()]
-    high = max(float(t.entropy.max()) for t in everything)
+    everything = [panel for site in grid._sites for panel in site.sheets.values()]
+    high = max(float(panel.metric("entropy").values.max()) for panel in everything)
     assert high <= header["scales"]["entropy"]["high"] <= 1.1 * high
     assert [site["name"] for site in header["sites"]] == ["resid_post", "other"]
     assert header["sites"][0]["views"] == ["base", "steered", "difference"]

@@ -8,11 +8,11 @@ from tiny_models import N_BLOCKS
 
 import nblens
 from nblens.errors import DeviceMemoryError, Interrupted, UnsupportedModelError
-from nblens.lens.difference import Comparison
-from nblens.lens.html import render_fragment, render_texts
+from nblens.lens.comparison import Comparison
 from nblens.lens.trajectory import Trajectory
 from nblens.results import Generation
 from nblens.session import Session
+from nblens.views.html import render_fragment, render_texts
 
 HTML, PNG, TEXT = "text/html", "image/png", "text/plain"
 PAIRS = [("the cat sat", "the dog ran"), ("a red house", "a man had tea")]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tiny_models import N_BLOCKS
 
-from nblens.lens.html import render_page
 from nblens.lens.trajectory import Trajectory
 from nblens.session import Session
+from nblens.views.html import render_page
 
 
 @pytest.mark.parametrize("name", ["t.json", "t.safetensors", "my t.html", "t.png", "t.svg", "t.pdf"])

@@ -9,10 +9,10 @@ from trajectories import VOCABULARY, made_up, made_up_comparison, made_up_pair
 
 from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, contrast
 from nblens.errors import UserError
-from nblens.lens import html
 from nblens.lens.by_site import SiteTrajectories
-from nblens.lens.difference import Comparison
-from nblens.lens.html import render_fragment, render_page, render_texts
+from nblens.lens.comparison import Comparison
+from nblens.views import html
+from nblens.views.html import render_fragment, render_page, render_texts
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
