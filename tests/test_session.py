@@ -9,6 +9,7 @@ import time
 import traceback
 import weakref
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ from nblens import (
     VectorMismatchError,
 )
 from nblens.engine.control import Control
-from nblens.specs import ActivationSlice, CaptureSpec, RunSpec, TokensSampled
+from nblens.session import inside
+from nblens.specs import ActivationSlice, CaptureSpec, TokensSampled
 
 WEIGHTS = Path(nblens.__file__).parent / "demo" / "weights"
 SECONDS = 20  # a bound that is only reached by a hang
@@ -1230,7 +1232,7 @@ MISTAKES = {
     "no metrics": (lambda s: s.lens(PROMPT, metrics=None), "metrics must be names"),
     "half a target": (lambda s: s.lens(PROMPT, targets=3.5), "targets must be tokens, as text or ids, got 3.5"),
     "a name for lens options": (lambda s: s.generate(PROMPT, 2, lens="logit"), "lens must be True, or a dict"),
-    "an unknown option of compare": (lambda s: s.compare(PROMPT, steer={"v": 1}, sites="x"), "'sites' is unknown"),
+    "an unknown option of compare": (lambda s: s.compare(PROMPT, steer={"v": 1}, sitez="x"), "'sitez' is unknown"),
     "half a position of a plot": (lambda s: s.attribute(PROMPT, [7]).plot(1.5), "position 1.5 is outside"),
 }
 
@@ -1267,9 +1269,11 @@ def test_a_coefficient_changed_before_memory_ran_out_holds_after_the_restart(ses
         if len(passes) == 3:  # the second step, which began with the new strength
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    build, client = inside(session)
     capture = CaptureSpec((0, 1, 2), ("resid_post",))
-    spec = RunSpec((tuple(prompt),), capture=capture, steering=session._writes(None, 1), chunk=4)
+    run, _ = build.run("capture", prompt, None, 0, 0.0, None, {}, chat=False)
+    spec = replace(run, capture=capture, chunk=4)
     with session.architecture.blocks[0].register_forward_hook(change):
-        events, _ = session.events(spec)
+        events, _ = client.events(spec)
     restarted = torch.cat([e.values for e in events if isinstance(e, ActivationSlice)][-6:], 1)
     assert torch.allclose(restarted, session.capture(prompt, steer={"v": 2.0}), atol=1e-4)

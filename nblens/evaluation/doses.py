@@ -31,6 +31,11 @@ class Dose:
         directions = {block: vector.directions[block] for block in blocks}
         return cls(directions, tuple(coefficients), vector.site, vector.write, vector.op)
 
+    @classmethod
+    def written(cls, write: SteeringWrite, coefficients: Sequence[float]) -> Dose:
+        """A vector as a run writes it, at these coefficients."""
+        return cls(write.directions, tuple(coefficients), write.site, write.write, write.op)
+
     def toward(self, directions: Mapping[int, np.ndarray], coefficients: Sequence[float]) -> Dose:
         """Other directions, written in the same way."""
         return replace(self, directions=directions, coefficients=tuple(coefficients))
