@@ -238,11 +238,11 @@ class RequestBuilder:
                 raise UserError(f"sample {number}: there is no token before the answer; give it a prompt")
         return encoded
 
-    def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> list[AnsweredPrompt]:
+    def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> AnsweredPrompt:
         """One prompt in text with a positive and a negative answer as token ids."""
         if not isinstance(prompt, str) or isinstance(answers, str) or len(answers) != 2:
             raise UserError(f"answers are two texts that may follow a prompt in text, got {answers!r} and {prompt!r}")
-        return self.answers([Sample(prompt, *answers)], chat=chat)
+        return self.answers([Sample(prompt, *answers)], chat=chat)[0]
 
     def text_ids(self, text: str, longest: int) -> Ids:
         """Token ids of a text, cut to some length and to the context."""

@@ -129,7 +129,7 @@ def load(
     planned = None
     if not spread or _runs_here(ray):
         planned = _checked_plan(Checkpoint(name, config, source, **where), setting, devices, max_memory)
-    options = {} if spread else _quantized(planned)
+    options = _placed(planned) if planned is not None and not spread else {}
     if _current is not None:
         _current.unload()
     if spread:
@@ -137,7 +137,6 @@ def load(
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
     else:
-        options |= {"dtype": named_dtype(planned.dtype), "device_map": dict(planned.device_map)}
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
         session = _loaded = _adopt(hf_model.eval(), tokenizer, name=name, began=began)
@@ -241,8 +240,8 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     options |= {"use_safetensors": True, "output_loading_info": True}
     with read_by_libraries(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
         # transformers would fill them with random numbers
         raise UserError(f"cannot load {name!r}: its files lack {len(missing)} of its weights, such as {missing[0]}")
     return model
@@ -303,12 +302,14 @@ def _freed() -> dict[str, int]:
     return {share.device: share.weight_bytes for share in _current.placement.devices}
 
 
-def _quantized(planned: Plan) -> dict[str, Any]:
-    """What `from_pretrained` needs to quantize."""
-    if planned.quantization is None:
-        return {}
-    dtype, keep = named_dtype(planned.dtype), planned.kept_modules
-    return {"quantization_config": quantization_config(planned.quantization, dtype, keep)}
+def _placed(planned: Plan) -> dict[str, Any]:
+    """What `from_pretrained` needs to put a model where the plan says, in its dtype and quantized."""
+    assert planned.device_map is not None
+    dtype = named_dtype(planned.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": dict(planned.device_map)}
+    if planned.quantization is not None:
+        options["quantization_config"] = quantization_config(planned.quantization, dtype, planned.kept_modules)
+    return options
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-import numpy as np
 import torch
 
 from nblens.backends.backend import Backend
 from nblens.builder import RequestBuilder, live_name
 from nblens.client import Client
 from nblens.errors import Interrupted, NoModelError, UserError, escaped
-from nblens.evaluation.doses import Dose
 from nblens.evaluation.experiment import Evaluation
 from nblens.evaluation.measurement import Measurement, MeasurementOptions, chosen
 from nblens.evaluation.neutral import NEUTRAL_TEXTS
@@ -297,7 +295,7 @@ class Session:
         seed: int | None = None,
         temperature: float = 0.0,
         metrics: Sequence[str] = LENS_METRICS,
-        watch: Watch | None = None,
+        watch: Callable[[Comparison], object] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Comparison:
         """Read the same prompt without and with steering, as two rows of one batch.
@@ -517,14 +515,14 @@ class Session:
         """
         build, client = inside(self)
         steer, strengths = build.swept(name, coefficients, layers, write, op)
-        run = {"chat": chat, "copies": len(strengths), "fewest": 1}
-        spec, _ = build.run("sweep", prompt, {}, max_new_tokens, temperature, seed, options, **run)
-        spec = replace(spec, steering=(self.vectors.write(steer, strengths),))
-        scored: np.ndarray | None = None
+        drawn = max_new_tokens, temperature, seed, options
+        spec, _ = build.run("sweep", prompt, {}, *drawn, chat=chat, copies=len(strengths), fewest=1)
+        spec, scored = replace(spec, steering=(self.vectors.write(steer, strengths),)), None
         if answers is not None:
             encoded = build.two_answers(prompt, answers, chat=chat)
-            dose = Dose.written(self.vectors.write(steer, strengths, has_labels=True), strengths)
-            scored = Scorer(client.events, progress=False).propensities(encoded, [dose], "answers")[0][0]
+            scored = Scorer(client.events, progress=False).answered(
+                encoded, self.vectors.write(steer, strengths, has_labels=True)
+            )
 
         def assemble(result: RunResult) -> Sweep:
             rows = [result.generation(row, self._decode, {name: c}, c) for row, c in enumerate(strengths)]

@@ -32,9 +32,10 @@ class Dose:
         return cls(directions, tuple(coefficients), vector.site, vector.write, vector.op)
 
     @classmethod
-    def written(cls, write: SteeringWrite, coefficients: Sequence[float]) -> Dose:
-        """A vector as a run writes it, at these coefficients."""
-        return cls(write.directions, tuple(coefficients), write.site, write.write, write.op)
+    def written(cls, write: SteeringWrite) -> Dose:
+        """A vector as a run writes it in rows that are all steered."""
+        coefficients = tuple(c for c in write.coefficients if c is not None)
+        return cls(write.directions, coefficients, write.site, write.write, write.op)
 
     def toward(self, directions: Mapping[int, np.ndarray], coefficients: Sequence[float]) -> Dose:
         """Other directions, written in the same way."""

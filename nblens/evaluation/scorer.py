@@ -11,7 +11,17 @@ from nblens.errors import Interrupted
 from nblens.evaluation.doses import Dose, settings_of
 from nblens.model.answers import AnsweredPrompt
 from nblens.progress import Send, Take, progress_bar
-from nblens.specs import Event, GenerationSpec, RunSpec, ScoredText, Scores, ScoringSpec, TokensSampled, finished
+from nblens.specs import (
+    Event,
+    GenerationSpec,
+    RunSpec,
+    ScoredText,
+    Scores,
+    ScoringSpec,
+    SteeringWrite,
+    TokensSampled,
+    finished,
+)
 from nblens.steering.samples import Sample, letter_of
 from nblens.steering.statistics import SideEffects, distinct_ngrams
 
@@ -73,6 +83,12 @@ class Scorer:
                 values[number] += sign * scores.logprobs[:, answer].astype(np.float64).sum(-1)
         ends = np.cumsum([len(dose.coefficients) for dose in doses])[:-1]
         return np.split(values, ends, axis=1)
+
+    def answered(self, sample: AnsweredPrompt, write: SteeringWrite) -> np.ndarray:
+        """The same of one sample under each coefficient of a write, (n_coefficients,)."""
+        (values,) = self.propensities([sample], [Dose.written(write)], "answers")
+        propensities: np.ndarray = values[0]
+        return propensities
 
     def neutral_kl(self, texts: Sequence[Ids], doses: Sequence[Dose], what: str) -> list[np.ndarray]:
         """KL(unsteered ‖ steered) per token of neutral texts, nats: for each dose (n_coefficients, n_tokens)."""
