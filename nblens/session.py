@@ -593,8 +593,7 @@ class Session:
         Interrupted
             Ctrl-C; no vector was made.
         """
-        build, client = inside(self)
-        vector = Extractor(build, client.events, self.placement.model).vector(
+        vector = self._extractor().vector(
             name,
             pairs,
             method=method,
@@ -801,8 +800,11 @@ class Session:
         return {name: report for name, (vector, report) in self._measured.items() if self.vectors.get(name) is vector}
 
     def _evaluation(self, how: Measurement) -> Evaluation:
+        return Evaluation(self._extractor(), how, self.neutral_texts)
+
+    def _extractor(self) -> Extractor:
         build, client = inside(self)
-        return Evaluation(build, client.events, self.placement.model, how, self.neutral_texts)
+        return Extractor(build, client.events, self.placement.model)
 
     def _keep_measured(self, vector: SteeringVector, report: SteerabilityReport) -> SteerabilityReport:
         """Keep a vector with the coefficients that its report allows."""

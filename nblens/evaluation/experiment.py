@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from nblens.builder import RequestBuilder
 from nblens.errors import UserError
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.layer_choice import LayerChoice, choose_layer, split
@@ -16,7 +15,6 @@ from nblens.evaluation.measurement import Measurement
 from nblens.evaluation.scorer import EncodedSamples, Scorer
 from nblens.extractor import Extractor
 from nblens.layers import parse_layers
-from nblens.progress import Send
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_samples
 from nblens.steering.statistics import DoseResponse
@@ -35,9 +33,7 @@ _N_PROMPTS = 8  # that are continued to see whether text stays varied
 class Evaluation:
     """One way of measuring on one model; Ctrl-C raises `Interrupted`."""
 
-    build: RequestBuilder
-    send: Send
-    model: str
+    extractor: Extractor
     how: Measurement
     neutral_texts: Sequence[str]
     """where the measurement names none"""
@@ -50,17 +46,14 @@ class Evaluation:
         layers: Any,
         normalise: bool,
         out_of_distribution: Any,
-        op: str,
         **extraction: Any,
     ) -> tuple[SteeringVector, SteerabilityReport]:
         """Make a vector on one split of the samples, choose its block on a second, measure it on a third."""
-        how, build = self.how, self.build
-        check_op(name, extraction["site"], op)
+        how, extractor = self.how, self.extractor
         neutral = self.neutral_ids()
-        blocks = parse_layers(layers, build.architecture.n_blocks)
+        blocks = parse_layers(layers, extractor.build.architecture.n_blocks)
         splits = split(as_samples(samples), how.seed)
-        asked = {**extraction, "op": op, "chat": how.chat, "progress": how.progress}
-        vector = self.extractor.vector(name, splits.train, **asked)
+        vector = extractor.vector(name, splits.train, **extraction, chat=how.chat, progress=how.progress)
         vector = vector.normalized() if normalise else vector
         validation = self.encode(splits.validation)
         choice = choose_layer(self.scorer, vector, validation, blocks, how.coefficients, neutral, how.kl_budget)
@@ -129,22 +122,17 @@ class Evaluation:
     @property
     def scorer(self) -> Scorer:
         """What scores texts."""
-        return Scorer(self.send, self.how.progress, self.build.context)
-
-    @property
-    def extractor(self) -> Extractor:
-        """What makes vectors."""
-        return Extractor(self.build, self.send, self.model)
+        return Scorer(self.extractor.send, self.how.progress, self.extractor.build.context)
 
     def encode(self, samples: Any) -> EncodedSamples:
         """Samples with their token ids."""
         samples = as_samples(samples)
-        return EncodedSamples(samples, self.build.answers(samples, chat=self.how.chat))
+        return EncodedSamples(samples, self.extractor.build.answers(samples, chat=self.how.chat))
 
     def neutral_ids(self) -> list[tuple[int, ...]]:
         """Token ids of the neutral texts, cut to a moderate length."""
         texts = self.neutral_texts if self.how.neutral is None else self.how.neutral
-        ids = [self.build.text_ids(text, longest=_LONGEST_NEUTRAL) for text in texts]
+        ids = [self.extractor.build.text_ids(text, longest=_LONGEST_NEUTRAL) for text in texts]
         if short := [text for text, own in zip(texts, ids, strict=True) if len(own) < _FEWEST_NEUTRAL]:
             raise UserError(f"a neutral text needs {_FEWEST_NEUTRAL} tokens or more, got {short[0]!r}")
         return ids
