@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TypedDict
@@ -12,6 +13,7 @@ from nblens.steering.vector_store import Steering
 __all__ = [
     "SITE",
     "CaptureOptions",
+    "FilePath",
     "GenerateOptions",
     "GenerationOptions",
     "LensOptions",
@@ -39,6 +41,8 @@ Prompt = OnePrompt | Prompts
 
 SiteNames = list[str] | tuple[str, ...]
 """Several sites."""
+
+FilePath = str | os.PathLike[str]
 
 Watch = Callable[[Any], object]
 """Takes what a run has read so far, in the form in which it will be returned; True: stop."""
@@ -146,7 +150,8 @@ def either(method: str, **spellings: Any) -> Any:
     """The value of an option under whichever of its names it was given; None where under none."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(given) > 1:
-        raise UserError(f"{method} got {_listed(given)}, which mean the same; give one of them")
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{method} got {both}, which mean the same; give one of them")
     return next(iter(given.values()), None)
 
 
@@ -173,7 +178,3 @@ def _single(method: str, site: Any) -> str:
     if len(names) != 1:
         raise UserError(f"{method} takes one site here, such as {SITE!r}; got {site!r}")
     return str(names[0])
-
-
-def _listed(given: Mapping[str, Any]) -> str:
-    return " and ".join(f"{name}={value!r}" for name, value in given.items())

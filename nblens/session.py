@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
+from torch import Tensor
 
 from nblens.backends.backend import Backend
 from nblens.builder import RequestBuilder, live_name
@@ -31,6 +31,7 @@ from nblens.model.tokens import TokenTexts
 from nblens.options import (
     SITE,
     CaptureOptions,
+    FilePath,
     GenerateOptions,
     GenerationOptions,
     LensOptions,
@@ -331,27 +332,20 @@ class Session:
         return client.run(spec, lambda result: result.comparison(asked, self._decode), watch)
 
     @overload
-    def capture(self, prompt: OnePrompt, *, sites: str = ..., **options: Unpack[CaptureOptions]) -> torch.Tensor: ...
+    def capture(self, prompt: OnePrompt, *, sites: str = ..., **options: Unpack[CaptureOptions]) -> Tensor: ...
     @overload
-    def capture(
-        self, prompt: Prompts, *, sites: str = ..., **options: Unpack[CaptureOptions]
-    ) -> list[torch.Tensor]: ...
+    def capture(self, prompt: Prompts, *, sites: str = ..., **options: Unpack[CaptureOptions]) -> list[Tensor]: ...
     @overload
     def capture(
         self, prompt: OnePrompt, *, sites: SiteNames, **options: Unpack[CaptureOptions]
-    ) -> dict[str, torch.Tensor]: ...
+    ) -> dict[str, Tensor]: ...
     @overload
     def capture(
         self, prompt: Prompts, *, sites: SiteNames, **options: Unpack[CaptureOptions]
-    ) -> list[dict[str, torch.Tensor]]: ...
+    ) -> list[dict[str, Tensor]]: ...
     @overload
     def capture(
-        self,
-        prompt: Prompt,
-        *,
-        to: str | os.PathLike[str],
-        sites: str | SiteNames = ...,
-        **options: Unpack[CaptureOptions],
+        self, prompt: Prompt, *, to: FilePath, sites: str | SiteNames = ..., **options: Unpack[CaptureOptions]
     ) -> Path: ...
     def capture(
         self,
@@ -367,7 +361,7 @@ class Session:
         chat: bool = False,
         seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
-        to: str | os.PathLike[str] | None = None,
+        to: FilePath | None = None,
         **options: Any,
     ) -> Any:
         """Keep raw activations.
@@ -446,7 +440,6 @@ class Session:
             `Generation.trajectory`.
         **options
             Any field of transformers' `GenerationConfig` but beam search: `top_p`, `repetition_penalty`, …
-            `GenerationOptions` in `nblens.options` lists them for type checkers.
 
         Returns
         -------
@@ -454,8 +447,9 @@ class Session:
             A list of them for a list of prompts.
         """
         build, client = inside(self)
-        run = build.run("generate", prompt, steer, max_new_tokens, temperature, seed, options, chat=chat, fewest=1)
-        spec, single = replace(run[0], lens=build.lens_from(lens)), run[1]
+        asked = max_new_tokens, temperature, seed, options
+        spec, single = build.run("generate", prompt, steer, *asked, chat=chat, fewest=1)
+        spec = replace(spec, lens=build.lens_from(lens))
         strengths = {s.name: s.coefficient for s in build.steers(steer)}
 
         def assemble(result: RunResult) -> Any:
@@ -507,28 +501,22 @@ class Session:
             As in `lens`.
         **options
             As in `generate`.
-
-        Returns
-        -------
-        Sweep
-            A list of `Generation`, one per coefficient, in the order given.
         """
         build, client = inside(self)
         steer, strengths = build.swept(name, coefficients, layers, write, op)
-        drawn = max_new_tokens, temperature, seed, options
-        spec, _ = build.run("sweep", prompt, {}, *drawn, chat=chat, copies=len(strengths), fewest=1)
-        spec, scored = replace(spec, steering=(self.vectors.write(steer, strengths),)), None
+        asked = max_new_tokens, temperature, seed, options
+        spec, _ = build.run("sweep", prompt, {}, *asked, chat=chat, copies=len(strengths), fewest=1)
+        written = self.vectors.write(steer, strengths)
+        scored = None
         if answers is not None:
             encoded = build.two_answers(prompt, answers, chat=chat)
-            scored = Scorer(client.events, progress=False).answered(
-                encoded, self.vectors.write(steer, strengths, has_labels=True)
-            )
+            scored = Scorer(client.events, progress=False).answered(encoded, written)
 
         def assemble(result: RunResult) -> Sweep:
             rows = [result.generation(row, self._decode, {name: c}, c) for row, c in enumerate(strengths)]
             return Sweep(rows, name, answers, scored)
 
-        return client.run(spec, assemble)
+        return client.run(replace(spec, steering=(written,)), assemble)
 
     def extract(
         self,
