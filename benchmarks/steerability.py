@@ -17,8 +17,6 @@ import numpy as np
 import nblens
 from nblens.demo import corpus
 from nblens.evaluation.layer_choice import choose_layer
-from nblens.session.evaluation import Evaluation
-from nblens.session.measuring import COEFFICIENTS
 from nblens.steering.report import SteerabilityReport
 
 COLUMNS = (
@@ -38,19 +36,19 @@ COLUMNS = (
 
 def measure(session: nblens.Session, behavior: str) -> SteerabilityReport:
     """One behavior."""
-    evaluation = Evaluation(session, COEFFICIENTS, None, 0.5, 32, 32, chat=False, seed=0, progress=False)
+    how = nblens.Measurement(progress=False)
+    evaluation = session._evaluation(how)
     pairs = corpus.contrast_pairs(behavior, "train", 64)
     vector = session.extract(behavior, pairs)
     training = evaluation.encode(corpus.behavior_samples(behavior, "train", 24, seed=1))
     blocks = range(session.architecture.n_blocks)
-    choice = choose_layer(evaluation.scorer, vector, training, blocks, COEFFICIENTS, evaluation.neutral_ids(), 0.5)
+    neutral = evaluation.neutral_ids()
+    choice = choose_layer(evaluation.scorer, vector, training, blocks, how.coefficients, neutral, how.kl_budget)
     return evaluation.measure(
         vector.at((choice.block,)),
         corpus.behavior_samples(behavior, "heldout", 48),
         pairs=pairs,
-        linear_limit=choice.linear_limit,
-        layer_slopes=choice.slopes,
-        chosen_layer=choice.block,
+        choice=choice,
     )
 
 

@@ -20,8 +20,6 @@ from pathlib import Path
 import nblens
 from nblens.demo import corpus
 from nblens.evaluation.layer_choice import choose_layer
-from nblens.session.evaluation import Evaluation
-from nblens.session.measuring import COEFFICIENTS
 from nblens.steering.report import SteerabilityReport
 
 SITES, READS = ("resid_pre", "resid_post", "ln2_out"), ("label", "last")
@@ -33,7 +31,7 @@ def measure(
     session: nblens.Session, behavior: str, site: str, read: str, write: str, length: str
 ) -> SteerabilityReport:
     """One row: a vector made on training pairs, its block chosen on training samples, measured on held-out ones."""
-    evaluation = Evaluation(session, COEFFICIENTS, None, 0.5, 0, 0, chat=False, seed=0, progress=False)
+    evaluation = session._evaluation(nblens.Measurement(controls=False, progress=False))
     vector = session.extract("v", corpus.contrast_pairs(behavior, "train", 64), site=site, read=read)
     vector = replace(vector.normalized() if length == "normalised" else vector, write=write)
     training = evaluation.encode(corpus.behavior_samples(behavior, "train", 24, seed=1))
@@ -41,7 +39,7 @@ def measure(
     neutral = evaluation.neutral_ids()
     choice = choose_layer(evaluation.scorer, vector, training, blocks, (-1.0, 0.0, 1.0), neutral, 0.5)
     samples = corpus.behavior_samples(behavior, "heldout", 48)
-    return evaluation.measure(vector.at((choice.block,)), samples, chosen_layer=None)
+    return evaluation.measure(vector.at((choice.block,)), samples)
 
 
 def row(report: SteerabilityReport, length: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from benchmarks.measuring import in_turns, ratio
 from nblens.demo import corpus
 from nblens.engine.control import Control
 from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.session import inside
 from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec, Steer
 
 COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -32,7 +33,7 @@ def measure(repeats: int, new_tokens: int) -> dict[str, float]:
     session = nblens.load()
     engine = session.backend._engine
     session.extract("cheerful", corpus.contrast_pairs("mood", "train", 64))
-    prompt = session.build.one_prompt(corpus.behavior_samples("mood", n=1)[0].prompt, "generate")
+    (prompt,), _ = inside(session)[0].prompts(corpus.behavior_samples("mood", n=1)[0].prompt)
     blocks = tuple(range(session.architecture.n_blocks))
 
     generated = GenerationSpec(new_tokens, options={"min_new_tokens": new_tokens})

@@ -27,19 +27,27 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
+    from nblens.evaluation.measurement import Measurement
     from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
     from nblens.jupyter.panel.steering_panel import SteeringPanel
     from nblens.lens.attribution import Attribution
+    from nblens.lens.by_site import SiteTrajectories
     from nblens.lens.comparison import Comparison
     from nblens.lens.lens import Lens
+    from nblens.lens.lens_store import LensStore
     from nblens.lens.trajectory import Trajectory, TrajectoryDiff
     from nblens.loading import attach, current, load
-    from nblens.planning.plan import Plan
+    from nblens.model.placement import DeviceShare, Placement
+    from nblens.planning.plan import DevicePlan, Plan, Proposal
     from nblens.planning.planner import plan
-    from nblens.results import Generation
+    from nblens.results import Generation, Sweep
     from nblens.session import Session
     from nblens.specs import Steer
+    from nblens.steering.live_steering import LiveSteering
+    from nblens.steering.report import SteerabilityReport
     from nblens.steering.samples import Sample
+    from nblens.steering.statistics import CoefficientRange, DoseResponse, SideEffects
+    from nblens.steering.vector_store import VectorStore
     from nblens.steering.vectors import SteeringVector
 
 __version__ = "0.1.0"
@@ -47,18 +55,32 @@ __version__ = "0.1.0"
 # Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
 _LAZY = {
     "Attribution": "nblens.lens.attribution",
+    "CoefficientRange": "nblens.steering.statistics",
     "Comparison": "nblens.lens.comparison",
+    "DevicePlan": "nblens.planning.plan",
+    "DeviceShare": "nblens.model.placement",
+    "DoseResponse": "nblens.steering.statistics",
     "Generation": "nblens.results",
     "Lens": "nblens.lens.lens",
+    "LensStore": "nblens.lens.lens_store",
+    "LiveSteering": "nblens.steering.live_steering",
+    "Measurement": "nblens.evaluation.measurement",
+    "Placement": "nblens.model.placement",
     "Plan": "nblens.planning.plan",
+    "Proposal": "nblens.planning.plan",
     "Sample": "nblens.steering.samples",
     "Session": "nblens.session",
+    "SideEffects": "nblens.steering.statistics",
+    "SiteTrajectories": "nblens.lens.by_site",
     "Steer": "nblens.specs",
-    "SteeringVector": "nblens.steering.vectors",
+    "SteerabilityReport": "nblens.steering.report",
     "SteeringPanel": "nblens.jupyter.panel.steering_panel",
+    "SteeringVector": "nblens.steering.vectors",
+    "Sweep": "nblens.results",
     "Trajectory": "nblens.lens.trajectory",
     "TrajectoryDiff": "nblens.lens.trajectory",
     "TrajectoryGrid": "nblens.jupyter.grid.trajectory_grid",
+    "VectorStore": "nblens.steering.vector_store",
     "attach": "nblens.loading",
     "current": "nblens.loading",
     "load": "nblens.loading",
@@ -67,28 +89,42 @@ _LAZY = {
 
 __all__ = [
     "Attribution",
+    "CoefficientRange",
     "Comparison",
     "DeviceMemoryError",
+    "DevicePlan",
+    "DeviceShare",
     "DoesNotFitError",
+    "DoseResponse",
     "FileFormatError",
     "Generation",
     "Interrupted",
     "Lens",
+    "LensStore",
+    "LiveSteering",
+    "Measurement",
     "NblensError",
     "NoModelError",
     "NumericalError",
+    "Placement",
     "Plan",
+    "Proposal",
     "Sample",
     "Session",
+    "SideEffects",
+    "SiteTrajectories",
     "Steer",
+    "SteerabilityReport",
     "SteeringPanel",
     "SteeringVector",
+    "Sweep",
     "Trajectory",
     "TrajectoryDiff",
     "TrajectoryGrid",
     "UnsupportedModelError",
     "UserError",
     "VectorMismatchError",
+    "VectorStore",
     "WorkerError",
     "attach",
     "current",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +14,32 @@ from nblens.layers import parse_layers
 from nblens.lens.fitting import hold_out
 from nblens.lens.jacobian import SKIPPED
 from nblens.lens.lens_store import LensStore
-from nblens.model.answers import AnsweredPrompt, encode_answers, n_shared
+from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids, encode, single_token
+from nblens.model.tokens import as_prompts, encode, single_token
+from nblens.options import SITE, Prompt, check_generation, several_sites
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
     AttributionSpec,
     CaptureSpec,
-    ExtractionSpec,
     FitSpec,
     GenerationSpec,
     LensSpec,
-    Span,
+    RunSpec,
+    Steer,
+    SteeringWrite,
+    check_coefficient,
 )
-from nblens.steering.estimators import METHODS
-from nblens.steering.extraction import Read, check_read, read_span
-from nblens.steering.samples import Pair, Sample, as_pairs
+from nblens.steering.live_steering import LiveSteering
+from nblens.steering.samples import Sample
+from nblens.steering.vector_store import Steering, VectorStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prompt", "RequestBuilder"]
-
-Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
-"""Text or token ids; a list of these makes one batch."""
+__all__ = ["RequestBuilder", "live_name"]
 
 Ids = tuple[int, ...]
 
@@ -55,6 +55,44 @@ class RequestBuilder:
     context: int | None
     """most tokens that the model takes, None where its config does not say"""
     lenses: LensStore
+    vectors: VectorStore
+    live: LiveSteering
+
+    def run(
+        self,
+        method: str,
+        prompt: Prompt,
+        steer: Steering,
+        n_new: int,
+        temperature: float,
+        seed: int | Sequence[int] | None,
+        options: Mapping[str, Any],
+        *,
+        chat: bool,
+        copies: int | None = None,
+        fewest: int = 0,
+    ) -> tuple[RunSpec, bool]:
+        """A run that nobody reads yet, and whether its prompt was a single one.
+
+        Parameters
+        ----------
+        method, prompt, steer, n_new, temperature, seed, options, chat
+            What was called, and what of its arguments every run has.
+        copies : int, optional
+            So many rows of one prompt; None: a row for each that was given.
+        fewest : int
+            New tokens that there must be.
+        """
+        check_generation(method, options, n_new)
+        prompts, single = self.prompts(prompt, chat=chat, generate=n_new)
+        if copies is not None:
+            if not single:
+                raise UserError(f"{method} takes one prompt; call it once for each")
+            prompts = prompts * copies
+        generation = None
+        if n_new or fewest:
+            generation = self.generation(n_new, temperature, seed, len(prompts), options)
+        return RunSpec(prompts, generation=generation, steering=self._writes(steer, len(prompts))), single
 
     def prompts(self, prompt: Prompt, *, chat: bool = False, generate: int = 0) -> tuple[tuple[Ids, ...], bool]:
         """Token ids of each prompt, and whether a single one was given."""
@@ -63,19 +101,47 @@ class RequestBuilder:
             raise UserError("the prompt is empty")
         if not isinstance(generate, Integral) or generate < 0:
             raise UserError(f"the number of tokens to generate must be 0 or more, got {generate!r}")
-        return tuple(self._ids(text, chat=chat, generate=generate) for text in prompts), single
+        return tuple(self.ids(text, chat=chat, generate=generate) for text in prompts), single
 
-    def one_prompt(self, prompt: Prompt, method: str, *, chat: bool = False, generate: int = 0) -> Ids:
-        """Token ids of a prompt that must be a single one."""
-        prompts, single = self.prompts(prompt, chat=chat, generate=generate)
-        if not single:
-            raise UserError(f"{method} takes one prompt; call it once for each")
-        return prompts[0]
+    def steers(self, steer: Steering) -> list[Steer]:
+        """What steers, by a call's own argument or the live setting."""
+        return list(self.live.setting.values()) if steer is None else self.vectors.steers(steer)
+
+    def beside_unsteered(self, steer: Steering) -> tuple[SteeringWrite, ...]:
+        """What is written in two rows: nothing in the first, all that steers in the second."""
+        steers = self.steers(steer)
+        if not steers:
+            raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
+        return tuple(self.vectors.write(s, (None, s.coefficient)) for s in steers)
+
+    def swept(
+        self, name: str, coefficients: Sequence[float], layers: Any, write: Any, op: str | None
+    ) -> tuple[Steer, tuple[float, ...]]:
+        """One vector at several coefficients."""
+        if isinstance(coefficients, (int, float, str)) or not len(coefficients):
+            raise UserError(f"sweep needs a list of coefficients, got {coefficients!r}")
+        strengths = tuple(check_coefficient(name, c) for c in coefficients)
+        usual = self.vectors.usual(name)
+        steer = replace(usual, layers=layers, write=usual.write if write is None else write, op=op or usual.op)
+        return steer, strengths
+
+    def _writes(self, steer: Steering, rows: int) -> tuple[SteeringWrite, ...]:
+        if steer is not None:
+            return tuple(self.vectors.write(s, (s.coefficient,) * rows) for s in self.steers(steer))
+        # all vectors, those that do not steer now switched off: they can be turned on while the run goes on
+        setting, writes = self.live.setting, []
+        for name in self.vectors:
+            own = setting.get(name) or self.vectors.usual(name)
+            if name not in setting and own.write == "label":
+                continue
+            strength = own.coefficient if name in setting else None
+            writes.append(replace(self.vectors.write(own, (strength,) * rows), name=live_name(own.key)))
+        return tuple(writes)
 
     def lens(
         self,
         layers: Any = None,
-        sites: str | Sequence[str] = "resid_post",
+        sites: str | Sequence[str] = SITE,
         top_k: int = 5,
         targets: Sequence[str | int] | str | int | None = None,
         lens: str = "logit",
@@ -97,15 +163,18 @@ class RequestBuilder:
             metrics=_metrics(metrics),
         )
 
-    def lens_from(self, options: Mapping[str, Any] | bool) -> LensSpec:
-        """What the lens shall read, from True or a dict of the arguments of `lens`."""
+    def lens_from(self, options: Mapping[str, Any] | bool | None) -> LensSpec | None:
+        """What the lens shall read, from True or a dict of the arguments of `lens`; None where nothing."""
+        if options is None or options is False:
+            return None
         if options is not True and not isinstance(options, Mapping):
             raise UserError(f"lens must be True, or a dict of arguments of lens; got {options!r}")
-        options = {} if options is True else dict(options)
-        known = ("layers", "sites", "top_k", "targets", "lens", "metrics")
-        if unknown := sorted(set(options) - set(known)):
+        given = {} if options is True else dict(options)
+        known = ("layers", "sites", "site", "top_k", "targets", "lens", "metrics")
+        if unknown := sorted(set(given) - set(known)):
             raise UserError(f"lens option {unknown[0]!r} is unknown; one of {', '.join(known)}")
-        return self.lens(**options)
+        sites = several_sites("lens", given.pop("sites", SITE), given.pop("site", None))
+        return self.lens(sites=sites, **given)
 
     def attribution(self, layers: Any, targets: Sequence[str | int] | str | int) -> AttributionSpec:
         """Whose logits shall be taken apart."""
@@ -157,52 +226,23 @@ class RequestBuilder:
         seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
         return GenerationSpec(int(max_new_tokens), float(temperature), seeds, dict(options or {}))
 
-    def extraction(
-        self,
-        pairs: Any,
-        *,
-        method: str = "mean_diff",
-        site: str = "resid_post",
-        read: Read = "last",
-        chat: bool = False,
-        blocks: Sequence[int] = (),
-        n_shuffles: int = 0,
-        seed: int = 0,
-    ) -> ExtractionSpec:
-        """Contrast pairs as token ids, with the places where each is read."""
-        if method not in METHODS:
-            raise UserError(f"extraction method {method!r} is unknown; one of {', '.join(METHODS)}")
-        for what, number in (("n_shuffles", n_shuffles), ("seed", seed)):
-            if not isinstance(number, Integral) or number < 0:
-                raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
-        check_read(read)
-        read_pairs = [self._pair(number, pair, read, chat) for number, pair in enumerate(as_pairs(pairs), 1)]
-        (positive, negative), (positive_spans, negative_spans) = (
-            tuple(zip(*column, strict=True)) for column in zip(*read_pairs, strict=True)
-        )
-        return ExtractionSpec(
-            positive,
-            negative,
-            positive_spans,
-            negative_spans,
-            site=check_site(site),
-            method=method,
-            blocks=tuple(blocks),
-            n_shuffles=int(n_shuffles),
-            seed=int(seed),
-        )
-
     def answers(self, samples: Sequence[Sample], *, chat: bool) -> list[AnsweredPrompt]:
         """Samples as token ids: prompt, positive answer, negative answer."""
         encoded = []
         for number, sample in enumerate(samples, 1):
             try:
-                encoded.append(self._answers(sample.prompt, (sample.positive, sample.negative), chat=chat))
+                encoded.append(self.answered(sample.prompt, (sample.positive, sample.negative), chat=chat))
             except UserError as error:
                 raise UserError(f"sample {number}: {error}") from error
             if encoded[-1].prompt_length < 1:
                 raise UserError(f"sample {number}: there is no token before the answer; give it a prompt")
         return encoded
+
+    def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> AnsweredPrompt:
+        """One prompt in text with a positive and a negative answer as token ids."""
+        if not isinstance(prompt, str) or isinstance(answers, str) or len(answers) != 2:
+            raise UserError(f"answers are two texts that may follow a prompt in text, got {answers!r} and {prompt!r}")
+        return self.answers([Sample(prompt, *answers)], chat=chat)[0]
 
     def text_ids(self, text: str, longest: int) -> Ids:
         """Token ids of a text, cut to some length and to the context."""
@@ -211,44 +251,10 @@ class RequestBuilder:
         ids = encode(self.tokenizer, text, chat=False, vocab_size=self.architecture.vocab_size, room=None)
         return ids[: min(longest, self.context or longest)]
 
-    def _answers(self, prompt: str, answers: Sequence[str], *, chat: bool) -> AnsweredPrompt:
+    def answered(self, prompt: str, answers: Sequence[str], *, chat: bool) -> AnsweredPrompt:
+        """A prompt with its answers as token ids."""
         size = self.architecture.vocab_size
         return encode_answers(self.tokenizer, prompt, answers, chat=chat, vocab_size=size, room=self.context)
-
-    def _pair(self, number: int, pair: Pair, read: Read, chat: bool) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
-        """Token ids of both sides, and what is read of them."""
-        try:
-            ids, labels = self._sides(pair, label=read == "label", chat=chat)
-            spans = tuple(read_span(read, len(one), label) for one, label in zip(ids, labels, strict=True))
-        except UserError as error:
-            raise UserError(f"pair {number}: {error}") from error
-        return ids, spans
-
-    def _sides(self, pair: Pair, *, label: bool, chat: bool) -> tuple[tuple[Ids, ...], Sequence[int | None]]:
-        """Token ids of both sides; where it is asked for, the position of each one's label."""
-        prompt, *answers = (pair.prompt, pair.positive, pair.negative) if isinstance(pair, Sample) else ("", *pair)
-        if label and all(isinstance(answer, str) for answer in answers):
-            if chat and not prompt:
-                raise UserError("under chat, a label is read in an answer; give Sample(prompt, positive, negative)")
-            both = self._answers(prompt, answers, chat=chat)
-            return both.ids, both.labels
-        if prompt:
-            ids = tuple(self._answered(prompt, answer, chat=chat) for answer in answers)
-        else:
-            ids = tuple(self._ids(_one_text(answer), chat=chat) for answer in answers)
-        shared = n_shared(ids)
-        if label and shared >= min(map(len, ids)):
-            raise UserError("one side is the beginning of the other, or the same; where they part is unknown")
-        return ids, (shared, shared) if label else (None, None)
-
-    def _answered(self, prompt: str, answer: str, *, chat: bool) -> Ids:
-        """A prompt, in its chat template or as it is, directly followed by an answer."""
-        if not chat:
-            return self._ids(prompt + answer, chat=False)
-        check_characters("the prompt", prompt + answer)
-        ids = self.tokenizer(chat_text(self.tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
-        check_ids(ids, self.architecture.vocab_size, self.context)
-        return tuple(ids)
 
     def fit(
         self,
@@ -287,16 +293,15 @@ class RequestBuilder:
             )
         return FitSpec(kind, fitted, held_out, int(steps), float(learning_rate), int(batch_tokens), int(seed))
 
-    def _ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
+    def ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
+        """Token ids of one text, which leave room for what is generated."""
         room = None if self.context is None else max(0, self.context - generate)
         return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
 
 
-def _one_text(text: Any) -> str | list[int]:
-    (first, *_), single = as_prompts(text) if len(text) else ([""], True)
-    if not single:
-        raise UserError(f"a side must be text or token ids, got {text!r}")
-    return first
+def live_name(key: str) -> str:
+    """What `session.steer` changes is called so in a run, apart from vectors that a call names itself."""
+    return f"live:{key}"
 
 
 def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:

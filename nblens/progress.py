@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-from nblens.specs import Event, Progress, Scores
+from nblens.specs import Event, Progress, Request, Scores
 
-__all__ = ["progress_bar"]
+__all__ = ["Send", "Take", "progress_bar"]
+
+Take = Callable[[Event], object]
+"""Sees each event of a request as it comes."""
+
+Send = Callable[[Request, Take], tuple[Sequence[Event], bool]]
+"""Sends a request and waits: its events, and whether Ctrl-C cut it short."""
 
 
 @contextmanager
-def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterator[Callable[[Event], None]]:
+def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterator[Take]:
     """Show a request's events as a bar, where there are two seconds of them or more.
 
     Parameters

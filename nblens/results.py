@@ -1,11 +1,12 @@
-"""What a run gives back: generated text, and the gathering of a run's events."""
+"""What a request gives back: generated text, a fitted lens, and the gathering of a run's events."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +15,21 @@ from nblens.errors import UserError
 from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
+from nblens.lens.comparison import Comparison
+from nblens.lens.fitting import data_hash
+from nblens.lens.lens import Lens
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
-from nblens.specs import PHASES, ActivationSlice, Event, RunFinished, RunSpec
+from nblens.specs import PHASES, ActivationSlice, Event, FitFinished, FitSpec, RunFinished, RunSpec
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-__all__ = ["Generation", "RunResult", "Sweep"]
+__all__ = ["Generation", "RunResult", "Sweep", "fitted_lens", "shaped"]
+
+T = TypeVar("T")
+Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +103,7 @@ class Sweep(list[Generation]):
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Of the vector, one per text."""
-        return tuple(generation.coefficient for generation in self)
+        return tuple(generation.coefficient for generation in self if generation.coefficient is not None)
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each coefficient: its text, and its propensity where answers were given."""
@@ -175,6 +182,33 @@ class RunResult:
             places = ", ".join(f"block {block} at {site} ({count} tokens)" for (site, block), count in lost.items())
             warnings.warn(f"inf or NaN in the readout of {places}; these cells are NaN", RuntimeWarning, stacklevel=4)
 
+    def generation(
+        self, row: int, decode: Decode, steer: Mapping[str, float], coefficient: float | None = None
+    ) -> Generation:
+        """The text of a row, and the coefficients that it was started with."""
+        return Generation(
+            text=decode(self.sampled(row)),
+            prompt=decode(self.spec.prompts[row]),
+            token_ids=self.sampled(row),
+            trajectories=self.trajectories(row),
+            steer=steer,
+            coefficient=coefficient,
+            interrupted=self.cancelled,
+            timings=self.timings,
+        )
+
+    def comparison(self, site: str, decode: Decode) -> Comparison:
+        """The first two rows, without and with steering."""
+        base, steered = (self.trajectories(row)[site] for row in (0, 1))
+        return Comparison(base, steered, decode(self.sampled(0)), decode(self.sampled(1)))
+
+    def captured(self, sites: str | Sequence[str], single: bool) -> Any:
+        """All rows' activations in the shape that was asked for, or the file that they were written to."""
+        assert self.spec.capture is not None
+        if self.spec.capture.to is not None:
+            return Path(self.spec.capture.to)
+        return shaped(map(self.activations, self.rows), sites, single)
+
     def attribution(self, row: int) -> Attribution:
         """A row's logits and their parts."""
         return self._collector.attribution(row, self.timings)
@@ -192,5 +226,31 @@ class RunResult:
             yield values
             position += values.shape[1]
         if position == 0:
+            assert self.spec.capture is not None
             shape = (len(self.spec.capture.blocks), 0, self._architecture.d_model)
             yield torch.empty(shape, dtype=self._architecture.dtype)
+
+
+def shaped(rows: Iterable[Mapping[str, T]], sites: str | Sequence[str], single: bool) -> Any:
+    """One value, or a dict by site where several were asked for, or a list of these for a list of prompts."""
+    values = [row[sites] if isinstance(sites, str) else row for row in rows]
+    return values[0] if single else values
+
+
+def fitted_lens(name: str, spec: FitSpec, event: FitFinished, model: str, n_blocks: int) -> Lens:
+    """The lens that a fit made, with where it comes from."""
+    how: dict[str, Any] = {"n_texts": event.n_texts, "batch_tokens": spec.batch_tokens}
+    if spec.kind == "tuned":
+        how |= {"steps": event.steps, "learning_rate": spec.learning_rate, "seed": spec.seed}
+    return Lens(
+        name=name,
+        kind=spec.kind,
+        weights=event.weights,
+        biases=event.biases,
+        model=model,
+        n_blocks=n_blocks,
+        fit=how,
+        data_hash=data_hash(spec),
+        kl_before=dict(enumerate(event.kl_before)),
+        kl_after=dict(enumerate(event.kl_after)),
+    )

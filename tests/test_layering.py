@@ -33,14 +33,17 @@ MAY_IMPORT = {
     "steering": GROUND | {"model", "text", "plots"},
     "engine": GROUND | {"model", "readout", "lens", "steering"},
     "backends": GROUND | {"model", "engine"},
-    "builder": GROUND | {"model", "lens", "steering"},
+    "options": GROUND | {"steering"},
+    "builder": GROUND | {"model", "lens", "steering", "options"},
+    "extractor": GROUND | {"model", "steering", "progress", "builder"},
     "results": GROUND | {"model", "lens", "steering", "plots"},
     "progress": GROUND,
-    "evaluation": GROUND | {"model", "steering", "progress"},
-    "session": COMPUTE | {"builder", "results", "progress", "evaluation"},
+    "client": GROUND | {"lens", "backends", "results"},
+    "evaluation": GROUND | {"model", "steering", "progress", "options", "builder", "extractor"},
+    "session": COMPUTE | {"options", "builder", "extractor", "results", "progress", "client", "evaluation"},
     "loading": COMPUTE | {"planning", "session", "demo"},
     "jupyter": COMPUTE | {"text", "colors", "views", "plots", "planning", "builder", "results", "session", "loading"},
-    "nblens": COMPUTE | {"planning", "results", "session", "loading", "jupyter"},
+    "nblens": COMPUTE | {"planning", "results", "evaluation", "session", "loading", "jupyter"},
 }
 NOTEBOOK_PACKAGES = {"IPython", "ipykernel", "ipywidgets", "anywidget"}
 

@@ -1,1 +1,1 @@
-"""Measures a steering vector on a session: propensities, side effects, controls, and the choice of a block."""
+"""Measures a steering vector: propensities, side effects, controls, and the choice of a block."""

@@ -31,6 +31,12 @@ class Dose:
         directions = {block: vector.directions[block] for block in blocks}
         return cls(directions, tuple(coefficients), vector.site, vector.write, vector.op)
 
+    @classmethod
+    def written(cls, write: SteeringWrite) -> Dose:
+        """A vector as a run writes it in rows that are all steered."""
+        coefficients = tuple(c for c in write.coefficients if c is not None)
+        return cls(write.directions, coefficients, write.site, write.write, write.op)
+
     def toward(self, directions: Mapping[int, np.ndarray], coefficients: Sequence[float]) -> Dose:
         """Other directions, written in the same way."""
         return replace(self, directions=directions, coefficients=tuple(coefficients))

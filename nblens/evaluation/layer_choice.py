@@ -10,8 +10,7 @@ import numpy as np
 
 from nblens.errors import UserError
 from nblens.evaluation.doses import Dose
-from nblens.evaluation.measurement import EncodedSamples
-from nblens.evaluation.scorer import Scorer
+from nblens.evaluation.scorer import EncodedSamples, Scorer
 from nblens.steering.samples import Sample, balanced, letter_of
 from nblens.steering.statistics import DoseResponse
 from nblens.steering.vectors import SteeringVector

@@ -1,154 +1,112 @@
-"""Steerability of one vector: dose response, side effects and controls, put together into a report."""
+"""`Measurement`: how a vector's steerability is measured."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, TypedDict
 
-import numpy as np
+from nblens.errors import UserError
+from nblens.options import UnexpectedKeywordError
+from nblens.specs import check_coefficient
 
-from nblens.evaluation.doses import Dose
-from nblens.evaluation.scorer import Scorer
-from nblens.model.answers import AnsweredPrompt
-from nblens.steering.report import SteerabilityReport
-from nblens.steering.samples import Sample, letter_of
-from nblens.steering.statistics import DoseResponse, SideEffects
-from nblens.steering.vectors import SteeringVector
-
-__all__ = ["EncodedSamples", "Measurement", "measure"]
-
-_N_CONTROL_SAMPLES = 24  # on which each of the many control directions is measured
-_N_PROMPTS = 8  # that are continued to see whether text stays varied
-
-Ids = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EncodedSamples:
-    """Samples, and the token ids of each."""
-
-    samples: Sequence[Sample]
-    encoded: Sequence[AnsweredPrompt]
-
-    @property
-    def letters(self) -> list[str | None]:
-        """Letter of each positive answer; None where it is no letter."""
-        return [letter_of(sample.positive) for sample in self.samples]
+__all__ = ["Measurement", "MeasurementOptions", "chosen"]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured beside the dose response, and on what."""
+    """How steerability is measured: under which coefficients, on which texts, beside which controls.
 
-    coefficients: tuple[float, ...]
-    neutral: Sequence[Ids]
-    """texts that steering should leave alone"""
-    kl_budget: float
-    n_random: int = 0
-    """random directions of equal norm"""
-    shuffled: Sequence[Mapping[int, np.ndarray]] = field(default_factory=tuple)
-    """directions by block, made from shuffled labels"""
-    linear_limit: float | None = None
+    >>> quick = nblens.Measurement([-1, 0, 1], controls=False)
+    >>> report = session.steerability("cheerful", [nblens.Sample("I am", " glad", " sad")], measurement=quick)
+    >>> report.dose_response.coefficients.tolist(), report.random_slopes
+    ([-1.0, 0.0, 1.0], None)
+
+    `Session.steerability` and `Session.steering_experiment` take one, or its fields by keyword, or both: keywords
+    then stand for fields of their own.
+
+    Parameters
+    ----------
+    coefficients : sequence of float
+        Two or more, each once; at first those of the steerability curves of arXiv 2407.12404 and arXiv 2604.06483.
+    controls : bool
+        Measure random directions of equal norm, too, and vectors made in the same way of pairs with shuffled labels:
+        each between the outermost coefficients, on at most 24 samples.
+    neutral : sequence of str, optional
+        Texts that steering should leave alone; None: `session.neutral_texts`; empty: nothing is said of side effects.
+        Their first half stands as a prompt, KL and perplexity are those of the second.
+    kl_budget : float
+        Mean KL(unsteered ‖ steered) on neutral text, nats per token, that a coefficient may cost.
+    n_random, n_shuffles : int
+        How many controls of each kind.
+    chat : bool
+        Send prompts as a user's turn through the chat template.
+    seed : int
+        Of splits, controls and sampled text.
+    progress : bool
+        Show bars when it takes more than two seconds.
+
+    Raises
+    ------
+    UserError
+        A number is out of range, or there are fewer than two coefficients, or one of them twice.
+    """
+
+    coefficients: Sequence[float] = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+    controls: bool = True
+    neutral: Sequence[str] | None = None
+    kl_budget: float = 0.5
+    n_random: int = 32
+    n_shuffles: int = 32
+    chat: bool = False
     seed: int = 0
+    progress: bool = True
 
-    @property
-    def ends(self) -> tuple[float, float]:
+    def __post_init__(self) -> None:
+        for what, number in (("n_random", self.n_random), ("n_shuffles", self.n_shuffles), ("seed", self.seed)):
+            if not isinstance(number, Integral) or number < 0:
+                raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
+        if not isinstance(self.kl_budget, Real) or not 0 <= self.kl_budget < math.inf:
+            raise UserError(f"a KL budget is a number of nats from 0 up, got {self.kl_budget!r}")
+        if isinstance(self.neutral, str):
+            raise UserError("neutral must be a list of texts; got one text")
+        if isinstance(self.coefficients, (int, float, str)) or len(set(self.coefficients)) < 2:
+            raise UserError(f"a slope needs two coefficients or more, got {self.coefficients!r}")
+        coefficients = tuple(check_coefficient("a measured vector", c) for c in self.coefficients)
+        if twice := [c for c in coefficients if coefficients.count(c) > 1]:
+            raise UserError(f"coefficient {twice[0]:g} is there twice; give each λ once")
+        object.__setattr__(self, "coefficients", coefficients)
+
+    def ends(self, linear_limit: float | None) -> tuple[float, float]:
         """The outermost coefficients that slopes are taken over; controls are measured there alone."""
-        limit = np.inf if self.linear_limit is None else self.linear_limit * (1 + 1e-9)
+        limit = math.inf if linear_limit is None else linear_limit * (1 + 1e-9)
         inside = [c for c in self.coefficients if abs(c) <= limit]
         return min(inside), max(inside)
 
 
-def measure(
-    scorer: Scorer,
-    vector: SteeringVector,
-    samples: EncodedSamples,
-    measurement: Measurement,
-    out_of_distribution: EncodedSamples | None = None,
-    **known: Any,
-) -> SteerabilityReport:
-    """Measure a vector as it is written by default.
+class MeasurementOptions(TypedDict, total=False):
+    """Fields of a `Measurement` as keywords."""
 
-    Parameters
-    ----------
-    scorer : Scorer
-    vector : SteeringVector
-    samples : EncodedSamples
-        Held out: the vector was not made of them.
-    measurement : Measurement
-    out_of_distribution : EncodedSamples, optional
-        Samples of another kind.
-    **known
-        Further fields of the report: layer slopes, splits.
-    """
-    dose = Dose.of(vector, measurement.coefficients)
-    encoded = [*samples.encoded, *(out_of_distribution.encoded if out_of_distribution else ())]
-    (values,) = scorer.propensities(encoded, [dose], "dose response")
-    coefficients = np.array(dose.coefficients)
-    response = DoseResponse(coefficients, values[: len(samples.encoded)])
-    other = DoseResponse(coefficients, values[len(samples.encoded) :]) if out_of_distribution else None
-    fitted = response if measurement.linear_limit is None else response.within(measurement.linear_limit)
-    return SteerabilityReport(
-        name=vector.name,
-        model=vector.model,
-        site=vector.site,
-        layers=vector.layers,
-        read=vector.read,
-        write=vector.write,
-        op=vector.op,
-        method=vector.method,
-        norms={block: vector.norms[block] for block in vector.layers},
-        dose_response=response,
-        linear_limit=measurement.linear_limit,
-        out_of_distribution=other,
-        side_effects=_side_effects(scorer, dose, samples, measurement),
-        kl_budget=measurement.kl_budget,
-        **_controls(scorer, dose, samples, measurement),
-        **_by_label(fitted, samples),
-        **_norms(vector),
-        **known,
-    )
+    controls: bool
+    neutral: Sequence[str] | None
+    kl_budget: float
+    n_random: int
+    n_shuffles: int
+    chat: bool
+    seed: int
+    progress: bool
 
 
-def _side_effects(scorer: Scorer, dose: Dose, samples: EncodedSamples, measurement: Measurement) -> SideEffects | None:
-    if not measurement.neutral:
-        return None
-    prompts = [sample.prompt for sample in samples.encoded[:_N_PROMPTS]]
-    return scorer.side_effects(measurement.neutral, dose, prompts, measurement.seed)
-
-
-def _controls(scorer: Scorer, dose: Dose, samples: EncodedSamples, measurement: Measurement) -> dict[str, Any]:
-    """Mean slope of every control direction between the outermost coefficients."""
-    generator, ends = np.random.default_rng(measurement.seed), measurement.ends
-    random = [dose.random(generator, ends) for _ in range(measurement.n_random)]
-    shuffled = [dose.toward(directions, ends) for directions in measurement.shuffled]
-    if not random and not shuffled:
-        return {}
-    values = scorer.propensities(samples.encoded[:_N_CONTROL_SAMPLES], [*random, *shuffled], "controls")
-    slopes = np.array([DoseResponse(np.array(ends), some).mean_slope for some in values])
-    return {
-        "random_slopes": slopes[: len(random)] if random else None,
-        "shuffled_slopes": slopes[len(random) :] if shuffled else None,
-    }
-
-
-def _by_label(response: DoseResponse, samples: EncodedSamples) -> dict[str, Any]:
-    letters = [letter for letter in samples.letters if letter is not None]
-    if len(letters) < len(samples.letters):
-        return {}
-    rows = {letter: [row for row, own in enumerate(letters) if own == letter] for letter in sorted(set(letters))}
-    return {
-        "by_label": {letter: float(response.slopes[own].mean()) for letter, own in rows.items()},
-        "answer_balance": {letter: len(own) / len(letters) for letter, own in rows.items()},
-    }
-
-
-def _norms(vector: SteeringVector) -> dict[str, Any]:
-    """Mean norm of the activations, and of the vector, over the blocks that are written."""
-    if not all(block in vector.activation_norms for block in vector.layers):
-        return {}
-    return {
-        "activation_norm": float(np.mean([vector.activation_norms[block] for block in vector.layers])),
-        "vector_norm": float(np.mean([vector.norms[block] for block in vector.layers])),
-    }
+def chosen(
+    method: str, measurement: Measurement | None, coefficients: Sequence[float] | None, options: Mapping[str, Any]
+) -> Measurement:
+    """A measurement, or the usual one, with what a method's keywords say instead."""
+    if measurement is not None and not isinstance(measurement, Measurement):
+        raise UserError(f"measurement must be a nblens.Measurement, got {measurement!r}")
+    known = {field.name for field in fields(Measurement)}
+    if unknown := sorted(set(options) - known):
+        raise UnexpectedKeywordError(method, unknown[0])
+    given = dict(options) if coefficients is None else {**options, "coefficients": coefficients}
+    return replace(measurement or Measurement(), **given)

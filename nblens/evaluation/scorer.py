@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,27 +10,39 @@ import numpy as np
 from nblens.errors import Interrupted
 from nblens.evaluation.doses import Dose, settings_of
 from nblens.model.answers import AnsweredPrompt
-from nblens.progress import progress_bar
+from nblens.progress import Send, Take, progress_bar
 from nblens.specs import (
     Event,
     GenerationSpec,
-    Request,
     RunSpec,
     ScoredText,
     Scores,
     ScoringSpec,
+    SteeringWrite,
     TokensSampled,
     finished,
 )
+from nblens.steering.samples import Sample, letter_of
 from nblens.steering.statistics import SideEffects, distinct_ngrams
 
-__all__ = ["Scorer"]
+__all__ = ["EncodedSamples", "Scorer"]
 
 Ids = tuple[int, ...]
-Watch = Callable[[Event], object]
-Send = Callable[[Request, Watch], tuple[Sequence[Event], bool]]
 
 _NEW_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class EncodedSamples:
+    """Samples, and the token ids of each."""
+
+    samples: Sequence[Sample]
+    encoded: Sequence[AnsweredPrompt]
+
+    @property
+    def letters(self) -> list[str | None]:
+        """Letter of each positive answer; None where it is no letter."""
+        return [letter_of(sample.positive) for sample in self.samples]
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,6 @@ class Scorer:
     """Scores on one model; Ctrl-C raises `Interrupted`."""
 
     send: Send
-    """sends a request and waits: its events, and whether Ctrl-C cut it short"""
     progress: bool = True
     context: int | None = None
     """most tokens that the model takes"""
@@ -72,6 +83,12 @@ class Scorer:
                 values[number] += sign * scores.logprobs[:, answer].astype(np.float64).sum(-1)
         ends = np.cumsum([len(dose.coefficients) for dose in doses])[:-1]
         return np.split(values, ends, axis=1)
+
+    def answered(self, sample: AnsweredPrompt, write: SteeringWrite) -> np.ndarray:
+        """The same of one sample under each coefficient of a write, (n_coefficients,)."""
+        (values,) = self.propensities([sample], [Dose.written(write)], "answers")
+        propensities: np.ndarray = values[0]
+        return propensities
 
     def neutral_kl(self, texts: Sequence[Ids], doses: Sequence[Dose], what: str) -> list[np.ndarray]:
         """KL(unsteered ‖ steered) per token of neutral texts, nats: for each dose (n_coefficients, n_tokens)."""
@@ -127,13 +144,15 @@ class Scorer:
         by_setting = np.array(shares).reshape(2, len(prompts), n_settings)
         known = np.isfinite(by_setting)
         total = np.where(known, by_setting, 0).sum(1)
-        return np.divide(total, known.sum(1), out=np.full(total.shape, np.nan), where=known.any(1))
+        mean = np.full(total.shape, np.nan)
+        np.divide(total, known.sum(1), out=mean, where=known.any(1))
+        return mean
 
     def _score(self, spec: ScoringSpec, what: str) -> list[Scores]:
         with progress_bar(what, shown=self.progress, total=len(spec.texts)) as watch:
             return [event for event in self._events(spec, watch) if isinstance(event, Scores)]
 
-    def _events(self, spec: RunSpec | ScoringSpec, watch: Watch = lambda event: None) -> Sequence[Event]:
+    def _events(self, spec: RunSpec | ScoringSpec, watch: Take = lambda event: None) -> Sequence[Event]:
         events, interrupted = self.send(spec, watch)
         if interrupted or finished(events).cancelled:
             raise Interrupted("the measurement was stopped; no report was made")

@@ -25,7 +25,12 @@ _CAPTURE_SHARE = 4  # of the free memory, one part in so many is for captured ac
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What one device holds."""
+    """What one device holds.
+
+    >>> (share,) = session.placement.devices
+    >>> share.device, share.blocks
+    ('cpu', '0-11')
+    """
 
     device: str
     blocks: str
@@ -39,7 +44,11 @@ class DeviceShare:
 
 @dataclass(frozen=True)
 class Placement:
-    """A loaded model, device by device."""
+    """A loaded model, device by device.
+
+    >>> session.placement.n_blocks, session.placement.dtype
+    (12, 'float32')
+    """
 
     model: str
     n_parameters: int

@@ -12,7 +12,12 @@ __all__ = ["DevicePlan", "Plan", "Proposal"]
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What one device would hold; sizes in bytes."""
+    """What one device would hold; sizes in bytes.
+
+    >>> (device,) = nblens.plan(None, devices={"cuda:0": "8GiB"}, context=64).devices
+    >>> device.left_bytes == device.limit_bytes - device.needed_bytes
+    True
+    """
 
     device: str
     """such as "cuda:0"; "disk"; "no room" for what fits nowhere"""
@@ -43,7 +48,12 @@ class DevicePlan:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A setting that would fit, computed like the plan itself."""
+    """A setting that would fit, computed like the plan itself.
+
+    >>> plan = nblens.plan(None, devices={"cuda:0": "1MiB"}, context=64)
+    >>> all(proposal.plan.fits for proposal in plan.proposals)
+    True
+    """
 
     change: str
     """the change in words"""

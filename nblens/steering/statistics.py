@@ -160,7 +160,12 @@ class DoseResponse:
 
 
 class CoefficientRange(NamedTuple):
-    """Coefficients around 0; an end that is capped is as far as was measured, and the range may be wider."""
+    """Coefficients around 0; an end that is capped is as far as was measured, and the range may be wider.
+
+    >>> low, high, *capped = CoefficientRange(-0.5, 1.0, low_capped=False, high_capped=True)
+    >>> low, high
+    (-0.5, 1.0)
+    """
 
     low: float
     high: float

@@ -8,6 +8,7 @@ from tiny_models import prompt_ids, tiny_model
 
 from nblens.engine.activation_file import ActivationFile
 from nblens.errors import DeviceMemoryError, Interrupted, UserError
+from nblens.session import inside
 from nblens.specs import CaptureSpec, GenerationSpec, RunFinished, RunSpec, TokensSampled
 
 PROMPTS = [prompt_ids(9), prompt_ids(4, seed=1)]
@@ -144,8 +145,9 @@ def test_a_run_that_fails_leaves_no_file_and_the_old_one_as_it_was(attach, tmp_p
 
 def test_ctrl_c_gives_the_path_of_what_there_is(attach, tmp_path, monkeypatch):
     session, path = attach(tiny_model("llama")), tmp_path / "a.safetensors"
-    events = session.events
-    monkeypatch.setattr(session, "events", lambda spec: (events(spec)[0], True))
+    _, client = inside(session)
+    events = client.events
+    monkeypatch.setattr(client, "events", lambda *asked: (events(*asked)[0], True))
     with pytest.raises(Interrupted) as stop:
         session.capture(PROMPTS[0], to=path)
     assert stop.value.partial == path

@@ -17,8 +17,8 @@ from nblens import Interrupted, Sample, Steer, SteeringVector, UserError
 from nblens.engine.control import Control
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.layer_choice import choose_layer, split
-from nblens.evaluation.measurement import EncodedSamples
-from nblens.evaluation.scorer import Scorer
+from nblens.evaluation.scorer import EncodedSamples, Scorer
+from nblens.session import inside
 from nblens.steering.samples import letter_of
 
 V, W = direction(0), direction(1)
@@ -133,7 +133,7 @@ def test_each_answer_is_written_at_its_own_label(session):
     """ " ther" is " the", "r", and " thin" comes in single letters: they part in tokens of unlike places."""
     session.vectors["v"] = vector_of(write="label")
     sample = Sample("the cat sat on", " ther", " thin")
-    (encoded,) = session.build.answers([sample], chat=False)
+    (encoded,) = inside(session)[0].answers([sample], chat=False)
     assert encoded.labels[0] < encoded.labels[1]
     expected = serial(session.model, [sample], V, LAMBDAS, write="label")
     np.testing.assert_allclose(measure(session, [sample]).dose_response.values, expected, atol=3e-4)

@@ -1,6 +1,7 @@
 """An error in the model, and memory that runs out in a run."""
 
 import traceback
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from steered_runs import hook_count
 from tiny_models import prompt_ids
 
 from nblens import DeviceMemoryError
-from nblens.specs import ActivationSlice, CaptureSpec, RunSpec
+from nblens.session import inside
+from nblens.specs import ActivationSlice, CaptureSpec
 
 
 def test_an_error_in_the_model_comes_to_the_caller_with_the_workers_traceback(session):
@@ -81,9 +83,11 @@ def test_a_coefficient_changed_before_memory_ran_out_holds_after_the_restart(ses
         if len(passes) == 3:  # the second step, which began with the new strength
             raise torch.OutOfMemoryError("CUDA out of memory")
 
+    build, client = inside(session)
     capture = CaptureSpec((0, 1, 2), ("resid_post",))
-    spec = RunSpec((tuple(prompt),), capture=capture, steering=session._writes(None, 1), chunk=4)
+    run, _ = build.run("capture", prompt, None, 0, 0.0, None, {}, chat=False)
+    spec = replace(run, capture=capture, chunk=4)
     with session.architecture.blocks[0].register_forward_hook(change):
-        events, _ = session.events(spec)
+        events, _ = client.events(spec)
     restarted = torch.cat([e.values for e in events if isinstance(e, ActivationSlice)][-6:], 1)
     assert torch.allclose(restarted, session.capture(prompt, steer={"v": 2.0}), atol=1e-4)

@@ -15,7 +15,7 @@ MISTAKES = {
     "no metrics": (lambda s: s.lens(PROMPT, metrics=None), "metrics must be names"),
     "half a target": (lambda s: s.lens(PROMPT, targets=3.5), "targets must be tokens, as text or ids, got 3.5"),
     "a name for lens options": (lambda s: s.generate(PROMPT, 2, lens="logit"), "lens must be True, or a dict"),
-    "an unknown option of compare": (lambda s: s.compare(PROMPT, steer={"v": 1}, sites="x"), "'sites' is unknown"),
+    "an unknown option of compare": (lambda s: s.compare(PROMPT, steer={"v": 1}, sitez="x"), "'sitez' is unknown"),
     "half a position of a plot": (lambda s: s.attribute(PROMPT, [7]).plot(1.5), "position 1.5 is outside"),
 }
 

@@ -9,10 +9,6 @@ import numpy as np
 import torch
 
 import nblens
-from nblens.lens.by_site import SiteTrajectories
-from nblens.results import Sweep
-from nblens.steering.report import SteerabilityReport
-from nblens.steering.statistics import CoefficientRange, DoseResponse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,14 +29,16 @@ def load(name: str) -> nblens.Session:
 
 def read(session: nblens.Session) -> float:
     """Everything that is read."""
-    trajectory: nblens.Trajectory = session.lens("The capital of France is", layers="::4", targets=["Paris"])
+    trajectory = session.lens("The capital of France is", layers="::4", targets=["Paris"])
+    assert_type(trajectory, nblens.Trajectory)
     assert_type(trajectory.top(-1, -1), list[tuple[str, float]])
     assert_type(trajectory.layers, tuple[int, ...])
     assert_type(trajectory.n_tokens, int)
     assert_type(trajectory.to_json(Path("lens.json")), str)
     assert_type(trajectory.save("lens.safetensors"), Path)
     assert_type(nblens.Trajectory.load("lens.safetensors"), nblens.Trajectory)
-    by_site: SiteTrajectories = session.lens("The capital of France is", sites=["attn_out", "mlp_out"])
+    by_site = session.lens("The capital of France is", sites=["attn_out", "mlp_out"])
+    assert_type(by_site, nblens.SiteTrajectories)
     assert_type(by_site["attn_out"], nblens.Trajectory)
     parts = session.attribute("The capital of France is", ["Paris"])
     assert_type(parts, nblens.Attribution)
@@ -48,9 +46,45 @@ def read(session: nblens.Session) -> float:
     both = session.compare("The summer was", steer={"cheerful": 1.5}, generate=8)
     assert_type(both, nblens.Comparison)
     assert_type(both.diff, nblens.TrajectoryDiff)
-    states: torch.Tensor = session.capture("The capital of France is", layers=[0, -1])
+    states = session.capture("The capital of France is", layers=[0, -1])
     values: np.ndarray = trajectory.metric("entropy") + both.diff.metric("entropy")
     return float(values.mean()) + len(figures) + states.shape[0]
+
+
+def shapes(session: nblens.Session, texts: list[str], ids: list[int], either: str | list[str]) -> None:
+    """What comes back follows from one prompt or several, and from one site or several."""
+    several = ["resid_pre", "resid_post"]
+    assert_type(session.lens(ids, site="attn_out", max_new_tokens=4, top_p=0.9), nblens.Trajectory)
+    assert_type(session.lens(texts, sites="attn_out", seed=range(5)), list[nblens.Trajectory])
+    assert_type(session.lens([ids, ids], watch=print), list[nblens.Trajectory])
+    assert_type(session.lens("The", sites=("attn_out",), steer={"cheerful": 1.5}), nblens.SiteTrajectories)
+    assert_type(session.lens(texts, sites=several, generate=4), list[nblens.SiteTrajectories])
+    assert_type(session.lens(either), nblens.Trajectory | list[nblens.Trajectory])
+    assert_type(session.generate("The"), nblens.Generation)
+    assert_type(session.generate(ids, 8, lens={"layers": "::4"}, stop_strings=["."], top_k=40), nblens.Generation)
+    assert_type(session.generate(texts, max_new_tokens=8, temperature=0.7), list[nblens.Generation])
+    assert_type(session.capture("The", site="mlp_out"), torch.Tensor)
+    assert_type(session.capture(texts, positions="last", max_new_tokens=2, top_k=40), list[torch.Tensor])
+    assert_type(session.capture("The", sites=several, layers=0), dict[str, torch.Tensor])
+    assert_type(session.capture(texts, sites=several), list[dict[str, torch.Tensor]])
+    assert_type(session.capture(texts, sites=several, to=Path("states.safetensors")), Path)
+    assert_type(session.compare("The", sites="mlp_out", max_new_tokens=4, repetition_penalty=1.2), nblens.Comparison)
+    assert_type(session.placement, nblens.Placement)
+    assert_type(session.placement.devices, tuple[nblens.DeviceShare, ...])
+    assert_type(session.vectors, nblens.VectorStore)
+    assert_type(session.lenses, nblens.LensStore)
+    assert_type(session.steer, nblens.LiveSteering)
+    assert_type(session.reports, dict[str, nblens.SteerabilityReport])
+
+
+def mistakes(session: nblens.Session) -> None:
+    """What a checker must refuse: each line would be an unused ignore otherwise."""
+    session.lens("The", layer=3)  # type: ignore[call-overload]
+    session.generate("The", temperature="high")  # type: ignore[call-overload]
+    session.capture("The", metrics=())  # type: ignore[call-overload]
+    session.compare("The", top_q=0.5)  # type: ignore[call-arg]
+    session.steerability("cheerful", [], budget=0.5)  # type: ignore[call-arg]
+    nblens.Measurement(kl_budget="much")  # type: ignore[arg-type]
 
 
 def steer(session: nblens.Session) -> float | None:
@@ -64,15 +98,19 @@ def steer(session: nblens.Session) -> float | None:
     session.steer([nblens.Steer("mixed", 1.0, op="ablate", write="4-9")])
     assert_type(session.steer.setting, dict[str, nblens.Steer])
     session.steer.off()
-    out: nblens.Generation = session.generate("The summer was", 8, steer={"cheerful": -1.5}, top_p=0.9, temperature=0.8)
+    out = session.generate("The summer was", 8, steer={"cheerful": -1.5}, top_p=0.9, temperature=0.8)
     assert_type(out.trajectory, nblens.Trajectory | None)
     sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], answers=(" lovely", " awful"))
-    assert_type(sweep, Sweep)
+    assert_type(sweep, nblens.Sweep)
     assert_type(sweep[0], nblens.Generation)
-    report = session.steering_experiment("mood", "samples.jsonl", layers="4-7")
-    assert_type(report, SteerabilityReport)
-    assert_type(report.fitted, DoseResponse)
-    assert_type(report.largest_coefficients, CoefficientRange | None)
+    how = nblens.Measurement([-1, 0, 1], n_random=8, neutral=["The harbour lies on the northern side."])
+    report = session.steering_experiment("mood", "samples.jsonl", measurement=how, layers="4-7", seed=3)
+    assert_type(report, nblens.SteerabilityReport)
+    assert_type(report.fitted, nblens.DoseResponse)
+    assert_type(report.side_effects, nblens.SideEffects | None)
+    assert_type(report.largest_coefficients, nblens.CoefficientRange | None)
+    assert_type(nblens.SteerabilityReport.load("report.json"), nblens.SteerabilityReport)
+    assert_type(session.steerability("mood", "samples.jsonl", (-1, 1), n_shuffles=0), nblens.SteerabilityReport)
     return report.scale_free_slope
 
 

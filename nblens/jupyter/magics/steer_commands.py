@@ -40,8 +40,7 @@ def steer(session: Session, options: Namespace) -> Any:
 
 def extract_vector(session: Session, options: Namespace, name: str, pairs: Any) -> Any:
     """Make a vector of pairs and keep it in the session."""
-    session.extract(name, pairs, **_given(options, "method", "site", "read", "layers", "chat"))
-    session.vectors[name] = replace(session.vectors[name], **_given(options, "write", "op"))
+    session.extract(name, pairs, **_given(options, "method", "site", "read", "layers", "write", "op", "chat"))
     return session.vectors[name]
 
 

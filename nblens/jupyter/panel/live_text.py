@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nblens.errors import NblensError, NoModelError, first_line
+from nblens.session import inside
 from nblens.specs import RunFinished, RunSpec, Steer, TokensSampled
 
 if TYPE_CHECKING:
@@ -268,11 +269,9 @@ class _GrowingText:
 
 def _spec(session: Session, request: LiveRequest) -> RunSpec:
     """Two rows of one batch: what steers the second leaves the first alone."""
-    build, coefficients = session.build, request.coefficients
-    ids = build.one_prompt(request.prompt, "the panel", chat=request.chat, generate=request.max_new_tokens)
-    writes = (session.vectors.write(steer, coefficients[steer.key]) for steer in request.steers)
-    return RunSpec(
-        prompts=(ids, ids),
-        generation=build.generation(request.max_new_tokens, request.temperature, request.seed, 2),
-        steering=tuple(replace(write, name=s.key) for write, s in zip(writes, request.steers, strict=True)),
-    )
+    build, _ = inside(session)
+    asked = request.max_new_tokens, request.temperature, request.seed
+    spec, _ = build.run("the panel", request.prompt, {}, *asked, {}, chat=request.chat, copies=2, fewest=1)
+    writes = (session.vectors.write(steer, request.coefficients[steer.key]) for steer in request.steers)
+    named = (replace(write, name=s.key) for write, s in zip(writes, request.steers, strict=True))
+    return replace(spec, steering=tuple(named))

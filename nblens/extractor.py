@@ -1,0 +1,193 @@
+"""`Extractor`: contrast pairs into steering vectors, through a function that sends requests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from nblens.builder import RequestBuilder
+from nblens.errors import Interrupted, UserError
+from nblens.layers import parse_layers
+from nblens.model.answers import n_shared
+from nblens.model.sites import check_site
+from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids
+from nblens.progress import Send, progress_bar
+from nblens.specs import ExtractionFinished, ExtractionSpec, Span, Steer, finished
+from nblens.steering.estimators import METHODS
+from nblens.steering.extraction import Read, best_block, check_read, read_name, read_span
+from nblens.steering.samples import Pair, Sample, as_pairs
+from nblens.steering.vector_store import check_name, check_op
+from nblens.steering.vectors import SteeringVector
+
+__all__ = ["Extractor"]
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Makes vectors on one model; Ctrl-C raises `Interrupted`."""
+
+    build: RequestBuilder
+    send: Send
+    model: str
+    """what a vector says it was made with"""
+
+    def vector(
+        self,
+        name: str,
+        pairs: Any,
+        *,
+        method: str,
+        site: str,
+        read: Read,
+        layers: Any = None,
+        write: Any = "all",
+        op: str = "add",
+        chat: bool,
+        progress: bool,
+    ) -> SteeringVector:
+        """The vector that contrast pairs make, and how it is written by default; see `Session.extract`."""
+        check_name(name)
+        usual = Steer(name, write=write, op=op)
+        check_op(name, site, op)
+        n_blocks = self.build.architecture.n_blocks
+        blocks = None if layers is None else parse_layers(layers, n_blocks)
+        spec = self._spec(pairs, method=method, site=site, read=read, chat=chat)
+        event = self._extract(spec, f"vector {name}", progress)
+        return SteeringVector(
+            name=name,
+            directions=dict(enumerate(event.directions)),
+            site=site,
+            layers=blocks or (best_block(event.separation, len(spec.positive)),),
+            write=usual.write,
+            op=usual.op,
+            model=self.model,
+            n_blocks=n_blocks,
+            method=method,
+            read=read_name(read),
+            n_pairs=len(spec.positive),
+            separation={block: float(d) for block, d in enumerate(event.separation)},
+            data_hash=event.data_hash,
+            activation_norms={block: float(norm) for block, norm in enumerate(event.activation_norms)},
+        )
+
+    def shuffled(
+        self, vector: SteeringVector, pairs: Any, n_shuffles: int, *, chat: bool, seed: int, progress: bool
+    ) -> list[dict[int, np.ndarray]]:
+        """Directions by written block, made as a vector was, but of pairs whose sides are swapped at random.
+
+        A vector that has another length than these pairs give, as a normalised one has, gives them the same factor.
+        """
+        if not vector.method:
+            raise UserError(
+                f"steering vector {vector.name!r} was not extracted, so that nothing can be made like it of shuffled "
+                "labels; leave pairs out"
+            )
+        read = int(vector.read) if vector.read.lstrip("-").isdecimal() else vector.read
+        spec = self._spec(
+            pairs,
+            method=vector.method,
+            site=vector.site,
+            read=read,
+            chat=chat,
+            blocks=vector.layers,
+            n_shuffles=n_shuffles,
+            seed=seed,
+        )
+        event = self._extract(spec, "shuffled labels", progress)
+        own = np.linalg.norm(event.directions, axis=-1, keepdims=True)
+        lengths = np.array([[vector.norms[block]] for block in vector.layers])
+        scaled = (event.shuffled * (lengths / np.maximum(own, np.finfo(np.float32).tiny))).astype(np.float32)
+        return [dict(zip(vector.layers, directions, strict=True)) for directions in scaled]
+
+    def _extract(self, spec: ExtractionSpec, title: str, progress: bool) -> ExtractionFinished:
+        with progress_bar(title, shown=progress) as watch:
+            events, interrupted = self.send(spec, watch)
+        event = finished(events)
+        assert isinstance(event, ExtractionFinished)
+        if interrupted or event.cancelled:
+            raise Interrupted("extraction was stopped; no vector was made")
+        return event
+
+    def _spec(
+        self,
+        pairs: Any,
+        *,
+        method: str,
+        site: str,
+        read: Read,
+        chat: bool,
+        blocks: Sequence[int] = (),
+        n_shuffles: int = 0,
+        seed: int = 0,
+    ) -> ExtractionSpec:
+        """Contrast pairs as token ids, with the places where each is read."""
+        if method not in METHODS:
+            raise UserError(f"extraction method {method!r} is unknown; one of {', '.join(METHODS)}")
+        for what, number in (("n_shuffles", n_shuffles), ("seed", seed)):
+            if not isinstance(number, Integral) or number < 0:
+                raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
+        check_read(read)
+        read_pairs = [self._pair(number, pair, read, chat) for number, pair in enumerate(as_pairs(pairs), 1)]
+        (positive, negative), (positive_spans, negative_spans) = (
+            tuple(zip(*column, strict=True)) for column in zip(*read_pairs, strict=True)
+        )
+        return ExtractionSpec(
+            positive,
+            negative,
+            positive_spans,
+            negative_spans,
+            site=check_site(site),
+            method=method,
+            blocks=tuple(blocks),
+            n_shuffles=int(n_shuffles),
+            seed=int(seed),
+        )
+
+    def _pair(self, number: int, pair: Pair, read: Read, chat: bool) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
+        """Token ids of both sides, and what is read of them."""
+        try:
+            ids, labels = self._sides(pair, label=read == "label", chat=chat)
+            spans = tuple(read_span(read, len(one), label) for one, label in zip(ids, labels, strict=True))
+        except UserError as error:
+            raise UserError(f"pair {number}: {error}") from error
+        return ids, spans
+
+    def _sides(self, pair: Pair, *, label: bool, chat: bool) -> tuple[tuple[Ids, ...], Sequence[int | None]]:
+        """Token ids of both sides; where it is asked for, the position of each one's label."""
+        prompt, *answers = (pair.prompt, pair.positive, pair.negative) if isinstance(pair, Sample) else ("", *pair)
+        if label and all(isinstance(answer, str) for answer in answers):
+            if chat and not prompt:
+                raise UserError("under chat, a label is read in an answer; give Sample(prompt, positive, negative)")
+            both = self.build.answered(prompt, answers, chat=chat)
+            return both.ids, both.labels
+        if prompt:
+            ids = tuple(self._side(prompt, answer, chat=chat) for answer in answers)
+        else:
+            ids = tuple(self.build.ids(_one_text(answer), chat=chat) for answer in answers)
+        shared = n_shared(ids)
+        if label and shared >= min(map(len, ids)):
+            raise UserError("one side is the beginning of the other, or the same; where they part is unknown")
+        return ids, (shared, shared) if label else (None, None)
+
+    def _side(self, prompt: str, answer: str, *, chat: bool) -> Ids:
+        """A prompt, in its chat template or as it is, directly followed by an answer."""
+        if not chat:
+            return self.build.ids(prompt + answer, chat=False)
+        check_characters("the prompt", prompt + answer)
+        tokenizer = self.build.tokenizer
+        ids = tokenizer(chat_text(tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
+        check_ids(ids, self.build.architecture.vocab_size, self.build.context)
+        return tuple(ids)
+
+
+def _one_text(text: Any) -> str | list[int]:
+    (first, *_), single = as_prompts(text) if len(text) else ([""], True)
+    if not single:
+        raise UserError(f"a side must be text or token ids, got {text!r}")
+    return first

@@ -1,0 +1,180 @@
+"""Options that several methods of `Session` share: as type checkers see them, and where one has two spellings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypedDict
+
+from nblens.errors import UserError
+from nblens.steering.vector_store import Steering
+
+__all__ = [
+    "SITE",
+    "CaptureOptions",
+    "FilePath",
+    "GenerateOptions",
+    "GenerationOptions",
+    "LensOptions",
+    "OnePrompt",
+    "Prompt",
+    "Prompts",
+    "RunOptions",
+    "SamplingOptions",
+    "SiteNames",
+    "UnexpectedKeywordError",
+    "Watch",
+    "check_generation",
+    "either",
+    "one_site",
+    "several_sites",
+]
+
+OnePrompt = str | Sequence[int]
+"""Text, or token ids."""
+
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]]
+"""Several of these, which make one batch."""
+
+Prompt = OnePrompt | Prompts
+
+SiteNames = list[str] | tuple[str, ...]
+"""Several sites."""
+
+FilePath = str | os.PathLike[str]
+
+Watch = Callable[[Any], object]
+"""Takes what a run has read so far, in the form in which it will be returned; True: stop."""
+
+SITE = "resid_post"
+"""The site that is meant where none is named."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Fields of transformers' `GenerationConfig` that a run takes wherever it writes text."""
+
+    do_sample: bool
+    top_p: float
+    min_p: float
+    top_h: float
+    typical_p: float
+    epsilon_cutoff: float
+    eta_cutoff: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    renormalize_logits: bool
+    remove_invalid_values: bool
+    min_new_tokens: int
+    max_time: float
+    stop_strings: str | list[str]
+    eos_token_id: int | list[int]
+    forced_eos_token_id: int | list[int]
+    bad_words_ids: list[list[int]]
+    suppress_tokens: list[int]
+    begin_suppress_tokens: list[int]
+    sequence_bias: Any
+    exponential_decay_length_penalty: tuple[int, float]
+    watermarking_config: Any
+
+
+class SamplingOptions(GenerationOptions, total=False):
+    """These where no lens has a `top_k` of its own."""
+
+    top_k: int
+
+
+class RunOptions(TypedDict, total=False):
+    """What every run takes."""
+
+    steer: Steering
+    temperature: float
+    seed: int | Sequence[int] | None
+    chat: bool
+
+
+class LensOptions(RunOptions, GenerationOptions, total=False):
+    """What `Session.lens` takes beside its prompt and sites."""
+
+    site: str
+    layers: Any
+    top_k: int
+    targets: Sequence[str | int] | str | int | None
+    lens: str
+    max_new_tokens: int
+    generate: int
+    metrics: Sequence[str]
+    watch: Watch | None
+
+
+class GenerateOptions(RunOptions, SamplingOptions, total=False):
+    """What `Session.generate` takes beside its prompt and length."""
+
+    lens: Mapping[str, Any] | bool | None
+
+
+class CaptureOptions(RunOptions, SamplingOptions, total=False):
+    """What `Session.capture` takes beside its prompt, sites and file."""
+
+    site: str
+    layers: Any
+    positions: Any
+    max_new_tokens: int
+    generate: int
+
+
+class UnexpectedKeywordError(UserError, TypeError):
+    """A keyword that a method has not: Python's own `TypeError`, and one line as every mistake."""
+
+    def __init__(self, method: str, name: str, hint: str = "") -> None:
+        super().__init__(f"Session.{method}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def check_generation(method: str, options: Mapping[str, Any], n_new: int) -> None:
+    """Raise `UserError` for options that transformers' generation has not, and where there is none."""
+    if unknown := sorted(set(options) - _known_to_generation()):
+        hint = f": option {unknown[0]!r} is unknown to transformers' GenerationConfig, too"
+        raise UnexpectedKeywordError(method, unknown[0], hint)
+    if options and not n_new:
+        raise UserError(f"{method} option {min(options)!r} is one of generation, which needs max_new_tokens=N")
+
+
+@cache
+def _known_to_generation() -> frozenset[str]:
+    from transformers import GenerationConfig
+
+    return frozenset(GenerationConfig().to_dict())
+
+
+def either(method: str, **spellings: Any) -> Any:
+    """The value of an option under whichever of its names it was given; None where under none."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(given) > 1:
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise UserError(f"{method} got {both}, which mean the same; give one of them")
+    return next(iter(given.values()), None)
+
+
+def several_sites(method: str, sites: str | Sequence[str], site: str | None) -> str | Sequence[str]:
+    """What `sites` names, or its other spelling `site`."""
+    if site is None:
+        return sites
+    if not isinstance(sites, str) or sites != SITE:
+        either(method, sites=sites, site=site)
+    return _single(method, site)
+
+
+def one_site(method: str, site: str, sites: str | Sequence[str] | None, usual: str = SITE) -> str:
+    """The one site that `site` names, or its other spelling `sites`."""
+    if sites is None:
+        return _single(method, site)
+    if site != usual:
+        either(method, site=site, sites=sites)
+    return _single(method, sites)
+
+
+def _single(method: str, site: Any) -> str:
+    names = [site] if isinstance(site, str) else list(site) if isinstance(site, Sequence) else []
+    if len(names) != 1:
+        raise UserError(f"{method} takes one site here, such as {SITE!r}; got {site!r}")
+    return str(names[0])
