@@ -18,7 +18,18 @@ import pytest
 KERNEL_BYTES = 1_500_000_000
 """What a kernel may take at its peak: a Binder machine has 2 GB, of which JupyterLab's server takes a few hundred MB."""
 os.environ["TQDM_DISABLE"] = "1"  # a bar comes after two seconds: on a busy machine where none is stored
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside the kernels of other workers, threads wait for each other
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+
+
+SLOW = {"03_steering", "04_where_steering_acts", "05_larger_than_one_gpu", "06_your_own_model", "07_the_paper"}
+"""Notebooks that take more than ten seconds: no cell runs without those before it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.suffix == ".ipynb" and item.path.stem in SLOW and not isinstance(item, AsStored):
+            item.add_marker(pytest.mark.slow)
 
 
 def faults_as_stored(notebook: nbformat.NotebookNode) -> Iterator[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
-from family_outcomes import OUTCOMES
+from family_outcomes import OUTCOMES, Outcome
 from hypothesis import settings
 from tiny_models import tiny_tokenizer
+from workers import GroupScheduling, place_in_line
 
 import nblens
 from nblens.errors import first_line
@@ -21,6 +25,39 @@ from nblens.specs import Event, RunSpec
 settings.register_profile("bounded", deadline=None, derandomize=True, database=None)
 settings.register_profile("long", deadline=None, max_examples=5_000, print_blob=True)
 settings.load_profile("bounded")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest. Ranks take more than ten seconds to start."""
+    items.sort(key=lambda item: place_in_line(item.nodeid))
+    for item in items:
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Each worker, and what its tests start, computes on its share of the cores: more threads wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(specs))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    """Tests that share a worker stay together."""
+    return GroupScheduling(config, log)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker sends what became of the model families that it built."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["families"] = {family: astuple(outcome) for family, outcome in OUTCOMES.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take in what a worker has sent; one that died has sent nothing."""
+    families = getattr(node, "workeroutput", {}).get("families", {})
+    OUTCOMES.update({family: Outcome(*fields) for family, fields in families.items()})
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -47,6 +84,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started pytest in the background and had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

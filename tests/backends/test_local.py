@@ -208,14 +208,6 @@ def test_cancelling_a_waiting_request_leaves_the_running_one_alone(backend_of):
     assert events_of(waiting) == [RunFinished(True, {})]
 
 
-@pytest.fixture
-def ctrl_c():
-    """SIGINT raises KeyboardInterrupt, also where a shell started pytest in the background and had it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_wait_leaves_the_stream_usable(backend_of):
     """Ctrl-C while waiting, then cancel, then the rest of the events."""

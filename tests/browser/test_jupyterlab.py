@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from browser.lab import LabNotebook, jupyterlab
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.timeout(180)]
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SHOTS = Path(__file__).parent / "screenshots"

@@ -201,6 +201,12 @@ def distinct(continuations, n=2):
     return float(np.mean(shares))
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents and "steered" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 # ---------------------------------------------------------------- fixtures
 
 

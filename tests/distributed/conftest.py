@@ -34,7 +34,8 @@ def cluster() -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = "1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        # four ranks of a test, beside two that its file keeps
+        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -25,12 +25,23 @@ from nblens.session import Session
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
 
 
-@pytest.fixture
-def demo(cluster):
+def over_two_ranks():
     """The built-in model over two ranks: a text of 400 tokens takes it seconds."""
     session = load_beside(None, tp=2)
     yield session
     session.unload()
+
+
+@pytest.fixture
+def mortal(cluster):
+    """Ranks that a test may kill."""
+    yield from over_two_ranks()
+
+
+@pytest.fixture(scope="module")
+def demo(cluster):
+    """Ranks for all tests that leave them usable."""
+    yield from over_two_ranks()
 
 
 def later(seconds, action):
@@ -39,6 +50,7 @@ def later(seconds, action):
     return timer
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_all_ranks_and_the_next_request_works(demo):
     timer = later(0.6, lambda: os.kill(os.getpid(), signal.SIGINT))
     began = time.monotonic()
@@ -56,30 +68,30 @@ def test_an_error_of_every_rank_leaves_them_usable(demo):
     assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
 
 
-def test_a_killed_rank_is_named_and_another_load_works(demo):
-    later(0.5, lambda: os.kill(demo.backend.pids[1], signal.SIGKILL))
+def test_a_killed_rank_is_named_and_another_load_works(mortal):
+    later(0.5, lambda: os.kill(mortal.backend.pids[1], signal.SIGKILL))
     with pytest.raises(WorkerError, match="rank 1 of 2 failed: its process died") as error:
-        demo.generate("The summer was", 400, min_new_tokens=400)
+        mortal.generate("The summer was", 400, min_new_tokens=400)
     assert "all ranks were stopped; load the model again with %load_sharded" in str(error.value)
-    for pid in demo.backend.pids:
+    for pid in mortal.backend.pids:
         gone(psutil.Process(pid) if psutil.pid_exists(pid) else None, 5)
     with pytest.raises(WorkerError, match="load the model again"):
-        demo.generate("The summer was", 2)
+        mortal.generate("The summer was", 2)
     again = load_beside(None, tp=2)
     assert again.generate("The capital of France is", 2).text.startswith(" Paris")
     again.unload()
 
 
-def test_the_error_of_a_killed_rank_comes_soon(demo):
+def test_the_error_of_a_killed_rank_comes_soon(mortal):
     killed = []
 
     def kill():
         killed.append(time.monotonic())
-        os.kill(demo.backend.pids[0], signal.SIGKILL)
+        os.kill(mortal.backend.pids[0], signal.SIGKILL)
 
     later(0.5, kill)
     with pytest.raises(WorkerError, match="rank 0 of 2 failed"):
-        demo.generate("The summer was", 400, min_new_tokens=400)
+        mortal.generate("The summer was", 400, min_new_tokens=400)
     assert time.monotonic() - killed[0] < 5
 
 

@@ -120,7 +120,6 @@ def assert_equal(numbers, reference):
         np.testing.assert_allclose(array, expected, atol=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ask", [lens, generate, attribute, extract, score, capture, fit])
 def test_wherever_memory_runs_out_the_answer_is_right_or_the_error_is_clear(session, under, ask, long, tmp_path):

@@ -323,6 +323,7 @@ def interrupt_at_step(session, monkeypatch, number):
     return seen
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_fit_keeps_what_it_has_and_the_session_as_it_was(llama, monkeypatch):
     old = llama.fit_lens(TEXTS, steps=1)
     whole = llama.fit_lens(TEXTS, steps=6, name="whole")
@@ -340,6 +341,7 @@ def test_an_interrupted_fit_keeps_what_it_has_and_the_session_as_it_was(llama, m
     assert llama.lens(TEXTS[0], lens="partial").lens == "partial"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(("number", "n_texts"), [(3, None), (9, 1)])
 def test_an_interrupted_jacobian_is_the_mean_over_the_texts_that_were_done(llama, monkeypatch, number, n_texts):
     alone = llama.fit_lens([TEXTS[0], HELD_OUT], "jacobian", batch_tokens=110)

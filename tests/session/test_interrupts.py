@@ -16,14 +16,6 @@ from nblens.specs import TokensSampled
 
 
 @pytest.fixture
-def ctrl_c():
-    """SIGINT raises KeyboardInterrupt, also where a shell started pytest in the background and had it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
 def cancelled(monkeypatch, ctrl_c):
     """An event that is set once a run has been told to stop."""
     event, cancel = threading.Event(), Control.cancel
