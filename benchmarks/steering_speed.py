@@ -23,7 +23,8 @@ from nblens.demo import corpus
 from nblens.engine.control import Control
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.session import inside
-from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec, Steer
+from nblens.specs import GenerationSpec, RunSpec, ScoredText, ScoringSpec
+from nblens.steering.steer import Steer
 
 COEFFICIENTS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 

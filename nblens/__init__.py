@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from nblens.planning.planner import plan
     from nblens.results import Generation, Sweep
     from nblens.session import Session
-    from nblens.specs import Steer
     from nblens.steering.live_steering import LiveSteering
     from nblens.steering.report import SteerabilityReport
     from nblens.steering.samples import Sample
     from nblens.steering.statistics import CoefficientRange, DoseResponse, SideEffects
+    from nblens.steering.steer import Steer
     from nblens.steering.vector_store import VectorStore
     from nblens.steering.vectors import SteeringVector
 
@@ -72,7 +72,7 @@ _LAZY = {
     "Session": "nblens.session",
     "SideEffects": "nblens.steering.statistics",
     "SiteTrajectories": "nblens.lens.by_site",
-    "Steer": "nblens.specs",
+    "Steer": "nblens.steering.steer",
     "SteerabilityReport": "nblens.steering.report",
     "SteeringPanel": "nblens.jupyter.panel.steering_panel",
     "SteeringVector": "nblens.steering.vectors",

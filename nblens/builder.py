@@ -28,12 +28,11 @@ from nblens.specs import (
     GenerationSpec,
     LensSpec,
     RunSpec,
-    Steer,
     SteeringWrite,
-    check_coefficient,
 )
 from nblens.steering.live_steering import LiveSteering
 from nblens.steering.samples import Sample
+from nblens.steering.steer import Steer, check_coefficient
 from nblens.steering.vector_store import Steering, VectorStore
 
 if TYPE_CHECKING:

@@ -16,10 +16,11 @@ from nblens.model.answers import n_shared
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids
 from nblens.progress import Send, progress_bar
-from nblens.specs import ExtractionFinished, ExtractionSpec, Span, Steer, finished
+from nblens.specs import ExtractionFinished, ExtractionSpec, Span, finished
 from nblens.steering.estimators import METHODS
 from nblens.steering.extraction import Read, best_block, check_read, read_name, read_span
 from nblens.steering.samples import Pair, Sample, as_pairs
+from nblens.steering.steer import Steer
 from nblens.steering.vector_store import check_name, check_op
 from nblens.steering.vectors import SteeringVector
 

@@ -6,16 +6,11 @@ process and in a worker on another machine.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from nblens.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +21,6 @@ __all__ = [
     "LENS_KINDS",
     "LENS_METRICS",
     "PHASES",
-    "STEER_OPS",
-    "WRITE_POSITIONS",
     "ActivationSlice",
     "AttributionSpec",
     "CaptureSpec",
@@ -48,30 +41,9 @@ __all__ = [
     "Scores",
     "ScoringSpec",
     "Span",
-    "Steer",
     "SteeringWrite",
     "TokensSampled",
-    "check_coefficient",
-    "check_write",
-    "write_range",
 ]
-
-WRITE_POSITIONS = ("all", "prompt", "generated", "label", "last")
-"""Where a vector is written: every token, the prompt's, the generated ones, the one from which an answer's label is
-predicted, or the prompt's last. Beside these names, a range of absolute positions such as "4-9"."""
-
-STEER_OPS = {
-    "add": "h + λv",
-    "ablate": "takes λ times the component along v out of h; 1 removes it",
-    "ablate_add": "sets the component along v to λ‖v‖",
-    "clamp": "keeps the component along v at λ‖v‖ or above where λ > 0, at λ‖v‖ or below where λ < 0",
-    "rotate": "h + λv at the length of h",
-}
-"""What is done with a vector v of coefficient λ to an activation h."""
-
-_RANGE = re.compile(r"(\d+)(-(\d*))?")
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 LENS_METRICS = ("entropy", "kl", "rank")
 """What a lens can compute beside log-probabilities: of the top tokens, the token that follows, and targets."""
@@ -88,93 +60,6 @@ Span = tuple[int, int]
 
 LENS_KINDS = ("tuned", "jacobian")
 """Lenses that have translators: affine, fitted to the model's output; or the mean Jacobian of the last block."""
-
-
-@dataclass(frozen=True)
-class Steer:
-    """One steering vector at work: which, how strongly, where.
-
-    >>> nblens.Steer("cheerful", 1.5)
-    Steer(name='cheerful', coefficient=1.5, layers=None, write='all', op='add')
-
-    Parameters
-    ----------
-    name : str
-        A name in `session.vectors`.
-    coefficient : float
-        The strength λ multiplied onto the vector; negative values push the other way.
-    layers : int, slice, str or sequence of int, optional
-        Blocks to write at. None: the vector's own choice.
-    write : {"all", "prompt", "generated", "label", "last"}, slice, (int, int) or str
-        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends.
-    op : {"add", "ablate", "ablate_add", "clamp", "rotate"}
-        What is done with the vector; see `STEER_OPS`.
-
-    Raises
-    ------
-    UserError
-        The coefficient is not finite, or `write` or `op` is unknown.
-    """
-
-    name: str
-    coefficient: float = 1.0
-    layers: Any = None
-    write: str = "all"
-    op: str = "add"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "coefficient", check_coefficient(self.name, self.coefficient))
-        object.__setattr__(self, "write", check_write(self.write))
-        if self.op not in STEER_OPS:
-            raise UserError(f"steering operation {self.op!r} is unknown; one of {', '.join(STEER_OPS)}")
-
-    @property
-    def key(self) -> str:
-        """What tells apart the ways in which one vector can be written."""
-        return f"{self.name}:{self.op}:{self.write}:{self.layers}"
-
-
-def check_write(write: Any) -> str:
-    """Return a write position as a name or as a range in text, or raise `UserError`."""
-    if isinstance(write, tuple) and len(write) == 2:
-        write = slice(*write)
-    if isinstance(write, slice):
-        start, stop = write.start or 0, write.stop
-        if write.step not in (None, 1) or not all(isinstance(at, Integral) for at in (start, stop or 0)):
-            raise UserError(f"write positions {write!r} must be whole numbers without a step")
-        if start < 0 or (stop is not None and stop <= start):
-            raise UserError(f"write positions {start}:{stop} hold no token; they count from 0 at the first")
-        return f"{start}-" if stop is None else f"{start}-{stop - 1}"
-    if isinstance(write, str) and (write in WRITE_POSITIONS or _RANGE.fullmatch(write)):
-        if write not in WRITE_POSITIONS:
-            start, stop = write_range(write)
-            if stop is not None and stop <= start:
-                raise UserError(f"write positions {write!r} hold no token; the first stands before the last")
-        return write
-    raise UserError(f"write position {write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}, or a range such as 4-9")
-
-
-def write_range(write: str) -> tuple[int, int | None]:
-    """First position and end (None: open) of a range in text, both counted from 0."""
-    match = _RANGE.fullmatch(write)
-    assert match is not None, write
-    first, dash, last = match.groups()
-    if dash is None:
-        return int(first), int(first) + 1
-    return int(first), int(last) + 1 if last else None
-
-
-def check_coefficient(name: str, coefficient: float) -> float:
-    """Return the coefficient as a float, or raise `UserError` when it is not a finite number."""
-    try:
-        value = float(coefficient)
-    except (TypeError, ValueError):
-        raise UserError(f"coefficient of {name!r} must be a number, got {coefficient!r}") from None
-    if not math.isfinite(value):
-        raise UserError(f"coefficient of {name!r} must be finite, got {value}")
-    if abs(value) > _LARGEST:
-        raise UserError(f"coefficient of {name!r} must be at most {_LARGEST:.3g}, got {value}")
-    return value
 
 
 @dataclass(frozen=True)

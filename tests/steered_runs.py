@@ -106,7 +106,7 @@ class PlainWrite:
         }[self.positions]
 
     def _one(self, h: torch.Tensor, coefficient: float) -> torch.Tensor:
-        """The formulas of `nblens.specs.STEER_OPS` for one token, written out in float64."""
+        """The formulas of `nblens.steering.steer.STEER_OPS` for one token, written out in float64."""
         dtype, h, v = h.dtype, h.double(), torch.from_numpy(self.direction).double()
         u = v / v.norm()
         along = torch.dot(h, u)

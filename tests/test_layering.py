@@ -1,6 +1,7 @@
 """Imports inside nblens run one way, and `import nblens` is light. The rule's picture is in CONTRIBUTING.md."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import nblens
 
 PACKAGE = Path(nblens.__file__).parent
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 # room → the rooms it may import. A room is a module or folder directly under nblens/; a new one is added here and in
 # CONTRIBUTING.md. `nblens` is the package's own __init__.py, which only offers names and is imported by nobody inside.
@@ -84,8 +86,79 @@ def imports(path: Path, package: Path) -> list[tuple[int, str]]:
                     for alias in node.names
                 ]
             else:
-                found.append((node.lineno, module))
+                found += [
+                    (node.lineno, f"{module}.{alias.name}" if is_module(package, module, alias.name) else module)
+                    for alias in node.names
+                ]
     return found
+
+
+def is_module(package: Path, parent: str, name: str) -> bool:
+    """Whether what is imported from a room is one of its files."""
+    return (package / Path(*parent.split(".")[1:]) / f"{name}.py").exists()
+
+
+def drawn() -> list[str]:
+    """The package's files in the order of CONTRIBUTING.md's map, such as "model/hooks.py"."""
+    (tree,) = re.findall(r"^```text\nnblens/\n(.*?)^(?! )", CONTRIBUTING, re.M | re.S)
+    files, folders = [], []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( +)([\w/.]+)", line).groups()
+        folders = folders[: len(indent) // 2 - 1]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            files.append("".join([*folders, name]))
+    return files
+
+
+def against_the_map(package: Path, order: list[str]) -> list[str]:
+    """Imports of a file that stands further down, as `path:line: what`; a package counts as its last file."""
+    place = {file.removesuffix(".py").replace("/", "."): number for number, file in enumerate(order)}
+    for number, file in enumerate(order):
+        for folder in Path(file).parents[:-1]:
+            place[".".join(folder.parts)] = number
+    found = []
+    for file in order:
+        for line, name in imports(package / file, package):
+            target = name.removeprefix("nblens.")
+            own = place[file.removesuffix(".py").replace("/", ".")]
+            if name.startswith("nblens.") and place.get(target, -1) >= own:
+                found.append(f"{file}:{line}: {target} stands further down")
+    return found
+
+
+def test_every_file_is_on_the_map():
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert set(drawn()) == there
+    assert len(drawn()) == len(there)
+
+
+def test_imports_run_up_the_map():
+    assert against_the_map(PACKAGE, drawn()) == []
+
+
+def test_no_two_files_have_one_name():
+    names = [Path(file).name for file in drawn()]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from nblens.lens.trajectory import Trajectory",
+        "from nblens.lens import trajectory",
+        "def f():\n    from nblens.lens.trajectory import Trajectory",
+        "if TYPE_CHECKING:\n    from .trajectory import Trajectory",
+        "import nblens.lens.trajectory",
+    ],
+)
+def test_a_planted_import_down_the_map_is_found(tmp_path, source):
+    (tmp_path / "lens").mkdir()
+    (tmp_path / "lens" / "cells.py").write_text(source)
+    (tmp_path / "lens" / "trajectory.py").write_text("from nblens.lens.cells import Cells")
+    (found,) = against_the_map(tmp_path, ["lens/cells.py", "lens/trajectory.py"])
+    assert found.endswith("lens.trajectory stands further down")
 
 
 def test_imports_run_one_way():

@@ -216,15 +216,6 @@ def test_type_checkers_find_the_annotations():
     assert (Path(nblens.__file__).parent / "py.typed").exists()
 
 
-def test_contributing_maps_every_module():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    (tree,) = re.findall(r"^```text\n(nblens/\n.*?)^```", text, re.M | re.S)
-    drawn = set(re.findall(r"^ +(\w+\.py)", tree, re.M))
-    package = Path(nblens.__file__).parent
-    there = {path.name for path in package.rglob("*.py") if path.name != "__init__.py"}
-    assert drawn - {"__init__.py"} == there
-
-
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # one of its lines writes a file
     source, names = "\n".join(re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)), {}

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from nblens.errors import UserError
 from nblens.options import UnexpectedKeywordError
-from nblens.specs import check_coefficient
+from nblens.steering.steer import check_coefficient
 
 __all__ = ["Measurement", "MeasurementOptions", "chosen"]
 

@@ -14,8 +14,8 @@ without ``%matplotlib``.
 from nblens.plots.bars import attribution_bars
 from nblens.plots.curves import depth_curves, token_curves
 from nblens.plots.decided import decided_histogram
+from nblens.plots.dose_curves import dose_response, layer_sweep, strength_curve
 from nblens.plots.grid import trajectory_grid
-from nblens.plots.steerability import dose_response, layer_sweep, strength_curve
 
 __all__ = [
     "attribution_bars",

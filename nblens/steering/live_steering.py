@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from nblens.errors import UserError
-from nblens.specs import Steer
+from nblens.steering.steer import Steer
 from nblens.steering.vector_store import VectorStore
 
 __all__ = ["LiveSteering"]

@@ -69,7 +69,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor, Direction, torch.Tensor], torch.Te
     "clamp": _clamp,
     "rotate": _rotate,
 }
-"""By the names of `nblens.specs.STEER_OPS`, all but `add`: float32 (rows, width, d_model), a direction, and the
+"""By the names of `STEER_OPS`, all but `add`: float32 (rows, width, d_model), a direction, and the
 coefficients (rows, 1, 1), to what the model shall go on with."""
 
 REST = {"add": 0.0, "ablate": 0.0, "ablate_add": None, "clamp": 0.0, "rotate": 0.0}

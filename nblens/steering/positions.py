@@ -6,7 +6,7 @@ import torch
 
 from nblens.errors import UserError
 from nblens.model.generation import Batch
-from nblens.specs import write_range
+from nblens.steering.steer import write_range
 
 __all__ = ["first_written", "written_columns"]
 

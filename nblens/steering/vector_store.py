@@ -8,7 +8,8 @@ from dataclasses import replace
 from nblens.errors import UserError
 from nblens.layers import format_layers, parse_layers
 from nblens.model.sites import check_site
-from nblens.specs import Steer, SteeringWrite, check_coefficient
+from nblens.specs import SteeringWrite
+from nblens.steering.steer import Steer, check_coefficient
 from nblens.steering.vectors import SteeringVector
 
 __all__ = ["Steering", "VectorStore", "check_name", "check_op"]

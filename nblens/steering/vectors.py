@@ -15,7 +15,7 @@ import numpy as np
 from nblens.errors import UserError, VectorMismatchError, escaped
 from nblens.layers import format_layers
 from nblens.records import RecordFormat, sound_content
-from nblens.specs import STEER_OPS, check_write
+from nblens.steering.steer import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]
 

@@ -14,7 +14,7 @@ from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model, tiny_tokenize
 import nblens
 from nblens import Lens, NumericalError, Steer, SteeringVector, UnsupportedModelError, UserError
 from nblens.jupyter.panel.live_text import LiveRequest, LiveRunner
-from nblens.specs import STEER_OPS
+from nblens.steering.steer import STEER_OPS
 
 PROMPT = prompt_ids(9)
 PAIRS = [("the cat sat", "a dog"), ("one day", "her house")]

@@ -30,7 +30,8 @@ from nblens.engine.control import Control
 from nblens.engine.engine import Engine
 from nblens.engine.runner import Runner
 from nblens.model.batching import Batching
-from nblens.specs import STEER_OPS, RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
+from nblens.specs import RunFinished, ScoredText, Scores, ScoringSpec, SteeringWrite
+from nblens.steering.steer import STEER_OPS
 
 RECURRENT = ("mamba", "rwkv", "qwen3_next")
 POSITIONS = ("all", "prompt", "generated", "label", "last", "2-3", "4-")

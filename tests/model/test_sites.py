@@ -10,7 +10,7 @@ from nblens.errors import UserError
 from nblens.model.architecture import find_architecture
 from nblens.model.site_map import SiteMap
 from nblens.model.sites import INNER_SITES, SITES, check_site
-from nblens.specs import Steer
+from nblens.steering.steer import Steer
 
 PROMPTS = [prompt_ids(9), prompt_ids(4, seed=1)]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from nblens.errors import UserError
-from nblens.specs import Steer
 from nblens.steering.live_steering import LiveSteering
+from nblens.steering.steer import Steer
 from nblens.steering.vector_store import VectorStore
 from nblens.steering.vectors import SteeringVector
 

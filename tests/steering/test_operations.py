@@ -23,9 +23,10 @@ from nblens import Steer, UserError
 from nblens.engine.engine import Engine
 from nblens.engine.runner import Runner
 from nblens.model.generation import Batch
-from nblens.specs import STEER_OPS, SteeringWrite, TokensSampled
+from nblens.specs import SteeringWrite, TokensSampled
 from nblens.steering.bank import SteeringBank
 from nblens.steering.operations import OPERATIONS, REST
+from nblens.steering.steer import STEER_OPS
 
 PROMPTS = [prompt_ids(5, 1), prompt_ids(9, 2), prompt_ids(3, 3)]
 V, W = direction(0), direction(1)

@@ -12,7 +12,8 @@ from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMa
 from nblens.errors import NoModelError
 from nblens.jupyter.magics.arguments import GENERATE, LENS, LOAD, MagicParser
 from nblens.jupyter.magics.steer_arguments import COMMANDS, EXTRACT, STEER
-from nblens.specs import EXTRACTION_METHODS, WRITE_POSITIONS
+from nblens.specs import EXTRACTION_METHODS
+from nblens.steering.steer import WRITE_POSITIONS
 
 __all__ = ["complete_line", "match_magic"]
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from nblens.errors import UserError
 from nblens.jupyter.magics.arguments import MagicParser, add_output
-from nblens.specs import EXTRACTION_METHODS, STEER_OPS, check_write
+from nblens.specs import EXTRACTION_METHODS
+from nblens.steering.steer import STEER_OPS, check_write
 
 __all__ = ["COMMANDS", "EXTRACT", "STEER", "Command", "check_options"]
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from nblens.errors import NblensError, NoModelError, first_line
 from nblens.session import inside
-from nblens.specs import RunFinished, RunSpec, Steer, TokensSampled
+from nblens.specs import RunFinished, RunSpec, TokensSampled
+from nblens.steering.steer import Steer
 
 if TYPE_CHECKING:
     from nblens.backends.backend import EventStream

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nblens.errors import UserError
 from nblens.jupyter.panel.live_text import LiveRequest
 from nblens.layers import format_layers, parse_layers
-from nblens.specs import STEER_OPS, Steer, check_coefficient, check_write
+from nblens.steering.steer import STEER_OPS, Steer, check_coefficient, check_write
 
 if TYPE_CHECKING:
     from nblens.session import Session

@@ -12,7 +12,7 @@ from nblens.errors import UserError
 from nblens.jupyter.panel.live_text import FINAL, LiveText
 from nblens.jupyter.panel.panel_state import MODES, OWN, PanelState, VectorRow, slider_range
 from nblens.layers import format_layers
-from nblens.specs import STEER_OPS, WRITE_POSITIONS
+from nblens.steering.steer import STEER_OPS, WRITE_POSITIONS
 from nblens.text import changed_words
 
 if TYPE_CHECKING:

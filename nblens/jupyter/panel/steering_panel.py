@@ -19,7 +19,7 @@ from nblens.jupyter.panel.panel_state import PanelState, VectorRow, as_code
 from nblens.jupyter.panel.panel_view import row_values, state_values, strength_curves, text_values
 from nblens.jupyter.stand_in import WithStandIn
 from nblens.layers import format_layers, parse_layers
-from nblens.specs import Steer
+from nblens.steering.steer import Steer
 from nblens.text import plain, short_number
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import nblens
 from nblens.demo.corpus import contrast_pairs
 from nblens.engine.run import Run
 from nblens.jupyter.panel.live_text import FINAL, LiveRequest, LiveRunner
-from nblens.specs import Steer
 from nblens.steering.bank import SteeringBank
+from nblens.steering.steer import Steer
 
 PROMPT = "A page about the museum. The picture was"
 

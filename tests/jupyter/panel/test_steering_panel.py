@@ -14,7 +14,7 @@ import nblens
 from nblens.errors import NoModelError, UserError
 from nblens.jupyter.panel.panel_state import slider_range
 from nblens.jupyter.panel.steering_panel import SteeringPanel
-from nblens.specs import Steer
+from nblens.steering.steer import Steer
 from nblens.steering.vectors import SteeringVector
 from nblens.text import changed_words
 
