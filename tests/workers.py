@@ -10,7 +10,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "tests/distributed/",
         "tests/endurance/",
         "tests/jupyter/magics/test_mistakes.py",
-        "tests/test_notebook_guards.py",
         "notebooks/05_larger_than_one_gpu.ipynb",
     ),
     "built-in model": ("tests/demo/",),

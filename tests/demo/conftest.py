@@ -37,7 +37,7 @@ def added(model, block, vectors):
 
 
 @torch.inference_mode()
-def last_logits(model, tokenizer, texts, block=None, vectors=None, rows_per_batch=512):
+def last_logits(model, tokenizer, texts, block=None, vectors=None, rows_per_batch=64):
     """Logits [rows, vocab] after the last token of each text; row ``i`` is steered by ``vectors[i]``."""
     parts = []
     for start in range(0, len(texts), rows_per_batch):
@@ -48,7 +48,7 @@ def last_logits(model, tokenizer, texts, block=None, vectors=None, rows_per_batc
 
 
 @torch.inference_mode()
-def last_residuals(model, tokenizer, texts, rows_per_batch=512):
+def last_residuals(model, tokenizer, texts, rows_per_batch=64):
     """Block outputs [n_layers, rows, d_model] at the last token of each text."""
     captured = {}
     handles = [

@@ -383,6 +383,7 @@ def test_running_out_of_memory_says_what_to_change(llama, kind):
 # the built-in model ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_of_the_built_in_model_is_nearer_at_every_block(one_thread):
     """A fit of some seconds, measured both ways round on texts of a split that it never saw."""
     session = nblens.load()
