@@ -164,7 +164,8 @@ def test_an_interrupted_load_keeps_no_model(one_thread, monkeypatch, load):
     """Else loading again would find the memory full of the half that came first."""
     seen = []
 
-    def stopped(self, model, *args, **options):
+    def stopped(self, runner, *args, **options):
+        model = runner.model
         seen.append(weakref.ref(model))
         model.register_forward_hook(lambda *_: seen.append(1) or _interrupt())
         model(torch.tensor([[5, 6]]))
