@@ -38,6 +38,10 @@ class Client:
         self._lenses, self._empty = lenses, empty
         self._placed: dict[str, Lens] = {}
 
+    def over(self, backend: Backend) -> Client:
+        """The same over another backend, to which no lens has been sent."""
+        return Client(backend, self._lenses, self._empty)
+
     def events(
         self, spec: Request, watch: Callable[[Event], object] = lambda event: None
     ) -> tuple[Sequence[Event], bool]:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nblens.backends.backend import Backend
 from nblens.backends.local import LocalBackend
 from nblens.engine.engine import Engine
 from nblens.engine.memory import nothing_kept
 from nblens.engine.numerics import weights_checked
 from nblens.engine.runner import Runner
 from nblens.errors import DoesNotFitError, NoModelError, UserError
+from nblens.model.architecture import Architecture
+from nblens.model.modes import uncompiled
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
@@ -27,7 +30,7 @@ from nblens.planning.devices import is_description, limits_here
 from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
-from nblens.session import Session
+from nblens.session import Renewed, Session
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -156,13 +159,13 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
     >>> session.model is hf_model
     True
 
-    The model stays the caller's: it is put in evaluation mode and otherwise unchanged; hooks exist only while a
-    request runs.
+    The model stays the caller's and as it is: hooks exist, and evaluation mode holds, only while a request runs. A
+    part that is exchanged later, an adapter or a resized vocabulary is found at the next request, and proven anew.
 
     Parameters
     ----------
     hf_model : transformers.PreTrainedModel
-        A causal language model, wherever it is.
+        A causal language model, wherever it is; of what `torch.compile` returned, the model inside is taken.
     tokenizer : transformers.PreTrainedTokenizerBase
         Its tokenizer.
 
@@ -171,6 +174,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
     UnsupportedModelError
         The model's parts could not be found, or its readout is not the model's own.
     """
+    hf_model = uncompiled(hf_model)
     name = hf_model.config.name_or_path or type(hf_model).__name__
     return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter())
 
@@ -192,21 +196,58 @@ def current() -> Session:
 
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
-    hf_model.train(False)
-    with weights_checked(hf_model):
-        engine = Engine(Runner.of(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer))
+    served = _Served(hf_model, tokenizer)
     seconds = time.perf_counter() - began
-    placement = describe_placement(hf_model, engine.runner.architecture, name=name, seconds=seconds)
+    placement = describe_placement(hf_model, served.architecture, name=name, seconds=seconds)
     return _make_current(
         Session(
-            LocalBackend(engine),
+            served.backend(),
             tokenizer,
             placement,
             config=hf_model.config,
-            architecture=engine.runner.architecture,
+            architecture=served.architecture,
             model=hf_model,
+            renew=served.renewed,
         )
     )
+
+
+class _Served:
+    """A model of this process, proven, and proven anew where somebody changed it."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._unproven = ""  # what had changed when proving failed, or was interrupted
+        self._runner = self._proven()
+
+    def _proven(self) -> Runner:
+        with weights_checked(self._model):
+            return Runner.of(self._model, pad_id=_pad_id(self._tokenizer), tokenizer=self._tokenizer)
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model as it was proven last."""
+        return self._runner.architecture
+
+    def backend(self) -> LocalBackend:
+        """A new one over the model as it was proven last."""
+        return LocalBackend(Engine(self._runner))
+
+    def renewed(self, backend: Backend) -> Renewed | None:
+        """Close the backend of a model that was changed, and prove it as it is now; None: it was not changed."""
+        if not (what := self._runner.proof.broken_by(self._model) or self._unproven):
+            return None
+        self._unproven = what
+        backend.close()
+        runner, before = self._proven(), self.architecture
+        now = runner.architecture
+        if (now.n_blocks, now.d_model) != (before.n_blocks, before.d_model):  # vectors and lenses would not fit
+            raise UserError(
+                f"the model has {now.n_blocks} blocks × {now.d_model} now, and had {before.n_blocks} × "
+                f"{before.d_model}; attach it again: nblens.attach(model, tokenizer)"
+            )
+        self._runner, self._unproven = runner, ""
+        return Renewed(self.backend(), self.architecture, what)
 
 
 def _adopt_spread(

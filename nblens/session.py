@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -57,7 +59,17 @@ from nblens.steering.vectors import SteeringVector
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Session", "inside"]
+__all__ = ["Renewed", "Session", "inside"]
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """A model that was changed since it was proven, proven as it is now."""
+
+    backend: Backend
+    architecture: Architecture
+    what: str
+    """what had changed"""
 
 
 class Session:
@@ -81,8 +93,10 @@ class Session:
         config: PretrainedConfig,
         architecture: Architecture | ModelFacts,
         model: PreTrainedModel | None = None,
+        renew: Callable[[Backend], Renewed | None] | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._renew = model, renew
+        self._renewing = threading.Lock()
         self.tokenizer = tokenizer
         self.placement = placement
         self.vectors = VectorStore(architecture.n_blocks, architecture.d_model)
@@ -94,7 +108,7 @@ class Session:
         context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         build = RequestBuilder(architecture, tokenizer, context, self.lenses, self.vectors, self.steer)
         texts = TokenTexts(tokenizer)
-        client = Client(backend, self.lenses, lambda spec: RunResult(spec, architecture, placement.model, texts))
+        client = Client(backend, self.lenses, lambda spec: RunResult(spec, self.architecture, placement.model, texts))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
 
     @property
@@ -126,7 +140,7 @@ class Session:
     def unload(self) -> None:
         """Stop what runs, free the model, and end this session."""
         # first let go, then wait for what runs: Ctrl-C may end the wait, and must not leave half a session
-        backend, self._inside, self._model = self.backend, None, None
+        backend, self._inside, self._model, self._renew = self.backend, None, None, None
         if backend is not None:
             backend.close()
         if torch.cuda.is_available():
@@ -813,11 +827,21 @@ class Session:
 def inside(session: Session) -> tuple[RequestBuilder, Client]:
     """What stands below a session's methods: the one makes requests, the other sends them.
 
+    A model of this process that somebody changed is proven anew first.
+
     Raises
     ------
     NoModelError
         The session was unloaded.
+    UnsupportedModelError
+        The model was changed, and cannot be read as it is now.
     """
-    if session._inside is None:
-        raise NoModelError("this session was unloaded; run %load_sharded (or nblens.load()) again")
-    return session._inside
+    with session._renewing:
+        if session._inside is None:
+            raise NoModelError("this session was unloaded; run %load_sharded (or nblens.load()) again")
+        build, client = session._inside
+        if session._renew is not None and (renewed := session._renew(client.backend)) is not None:
+            build, client = replace(build, architecture=renewed.architecture), client.over(renewed.backend)
+            session._inside = build, client
+            warnings.warn(f"{renewed.what}: the model was proven anew", RuntimeWarning, stacklevel=3)
+    return build, client

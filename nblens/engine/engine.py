@@ -15,9 +15,20 @@ from nblens.engine.memory import is_out_of_memory, memory_errors_told
 from nblens.engine.run import Runs
 from nblens.engine.runner import Runner
 from nblens.engine.scoring import Scoring
-from nblens.errors import DeviceMemoryError
+from nblens.errors import DeviceMemoryError, UnsupportedModelError
 from nblens.lens.lens import Lens
-from nblens.specs import ExtractionSpec, FitSpec, LensTensors, Request, RunFinished, RunSpec, ScoringSpec
+from nblens.model.modes import evaluating
+from nblens.specs import (
+    FINISHED,
+    Event,
+    ExtractionSpec,
+    FitSpec,
+    LensTensors,
+    Request,
+    RunFinished,
+    RunSpec,
+    ScoringSpec,
+)
 
 __all__ = ["Engine"]
 
@@ -59,8 +70,21 @@ class Engine:
             Not even one token at a time fits, or memory ran out while decoding or beside the model's own steps.
         NumericalError
             What is to be read is inf or NaN.
+        UnsupportedModelError
+            The model was changed since it was proven, or a part of it did not run.
         """
-        self._serve[type(spec)](spec, emit, control)
+        model = self.runner.model
+        if what := self.runner.proof.broken_by(model):
+            raise UnsupportedModelError(f"{type(model).__name__} is not the model that was proven: {what}; ask again")
+        last: list[Event] = []  # told when the model is as it was again
+
+        def take(event: Event) -> None:
+            (last.append if isinstance(event, FINISHED) else emit)(event)
+
+        with evaluating(model):
+            self._serve[type(spec)](spec, take, control)
+        for event in last:
+            emit(event)
 
     def _keep_lens(self, tensors: LensTensors, emit: Emit, control: Control) -> None:
         """Hold translators ready beside the readout, or let them go."""

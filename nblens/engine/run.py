@@ -25,6 +25,7 @@ from nblens.lens.lens import LOGIT, Lens
 from nblens.lens.reader import LensReader
 from nblens.model.capture import RowSpan
 from nblens.model.generation import Batch, Observer, Phase, Step, SteppingLoop, generate_text
+from nblens.model.hooks import Instrumentation
 from nblens.specs import ActivationSlice, CaptureSpec, RunFinished, RunSpec, TokensSampled
 
 __all__ = ["Run", "Runs"]
@@ -181,9 +182,9 @@ class Run(Observer):
         """Attach hooks, run, detach, and report."""
         began = time.perf_counter()
         runner, spec = self._runner, self._spec
-        captures = self._buffer.writers if self._buffer else {}
-        with runner.instrumented(self._batch.rows, self._bank, captures), self._lane or nullcontext():
-            loop = self._new_loop()
+        hooks = runner.instrumented(self._batch.rows, self._bank, self._buffer.writers if self._buffer else {})
+        loop = self._new_loop(hooks)
+        with hooks, self._lane or nullcontext():
             if spec.generation is None:
                 loop.prefill(runner.new_cache())
             else:
@@ -205,9 +206,9 @@ class Run(Observer):
         """Present strengths, by the names of the writes."""
         return self._bank.coefficients
 
-    def _new_loop(self) -> SteppingLoop:
+    def _new_loop(self, hooks: Instrumentation) -> SteppingLoop:
         """The loop, with what all rows share of their prompts in its cache already."""
-        loop = self._runner.loop(self._batch, self, self._width, self._decoder)
+        loop = self._runner.loop(self._batch, self, self._width, hooks, self._decoder)
         if self._decoder is not None:
             self._decoder.begin(self._batch)
             loop.resume(self._decoder.cache, 0)

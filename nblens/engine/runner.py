@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from nblens.engine.ranks import Ranks
+from nblens.errors import UnsupportedModelError
 from nblens.model.architecture import Architecture, find_architecture, input_device, output_device
 from nblens.model.batching import Batching
 from nblens.model.find_batching import find_batching
 from nblens.model.generation import Batch, Decoder, Observer, Phase, Step, SteppingLoop, new_cache
 from nblens.model.hooks import Capture, Edit, HookPoint, Instrumentation
+from nblens.model.integrity import Proof
+from nblens.model.modes import compiled_part
 from nblens.model.site_map import SiteMap
 from nblens.model.sites import SiteLocation
 from nblens.model.staging import find_staged_architecture
@@ -56,6 +59,8 @@ class Runner:
     sites: SiteMap
     batching: Batching
     readout: Readout
+    proof: Proof
+    """what the model was when all this was found"""
     tokenizer: PreTrainedTokenizerBase | None = None
     """for the generation option `stop_strings` alone"""
     ranks: Ranks = field(default_factory=Ranks)
@@ -76,6 +81,12 @@ class Runner:
         UnsupportedModelError
             A part could not be found, or the readout is not the model's own.
         """
+        if (part := compiled_part(model)) is not None:
+            name = f"{type(model).__name__}.{part}".rstrip(".")
+            raise UnsupportedModelError(
+                f"{name} was compiled in place, and hooks may not run in compiled code; make the model anew without "
+                "compile()"
+            )
         staged = getattr(model, "_pp_stage", None) is not None
         architecture = find_staged_architecture(model) if staged else find_architecture(model)
         batching = find_batching(model, architecture, pad_id)
@@ -84,7 +95,8 @@ class Runner:
         sites = SiteMap(model, architecture)
         if staged:
             _ = sites.blocks  # found together: all stages take part in a forward pass
-        return cls(model, pad_id, architecture, sites, batching, readout, tokenizer, ranks or Ranks())
+        proof = Proof.of(model, architecture)
+        return cls(model, pad_id, architecture, sites, batching, readout, proof, tokenizer, ranks or Ranks())
 
     @property
     def input_device(self) -> torch.device:
@@ -138,13 +150,17 @@ class Runner:
         observer = Observer() if observer is None else observer
         if writes is not None:
             observer = _Telling(writes, observer)
-        with self.instrumented(batch.rows, writes, capture or {}):
-            self.loop(batch, observer, width or batch.width).prefill(cache, columns)
+        with self.instrumented(batch.rows, writes, capture or {}) as hooks:
+            self.loop(batch, observer, width or batch.width, hooks).prefill(cache, columns)
         return cache
 
-    def loop(self, batch: Batch, observer: Observer, width: int, decoder: Decoder | None = None) -> SteppingLoop:
-        """The loop over one batch, in steps of `width` columns; hooks are the caller's."""
-        return SteppingLoop(self.model, batch, observer, width=width, batching=self.batching, decoder=decoder)
+    def loop(
+        self, batch: Batch, observer: Observer, width: int, hooks: Instrumentation, decoder: Decoder | None = None
+    ) -> SteppingLoop:
+        """The loop over one batch, in steps of `width` columns; hooks are attached by the caller."""
+        return SteppingLoop(
+            self.model, batch, observer, width=width, batching=self.batching, decoder=decoder, hooks=hooks
+        )
 
     def instrumented(self, rows: int, writes: SteeringBank | None, capture: Captures) -> Instrumentation:
         """Hooks of every place that is written or captured, for the length of a `with` block: steering first."""
@@ -157,16 +173,19 @@ class Runner:
             if writes is not None and (site, block) in places and self.architecture.has(block):
                 edit = writes.editor(site, block, written.scale)
             taken = capture.get((site, block))
+            name = f"{site} of block {block}"
             if written is location:
-                points.append(_hook_point(location, rows, edit, taken))
+                points.append(_hook_point(name, location, rows, edit, taken))
             else:
-                points += [_hook_point(written, rows, edit, None), _hook_point(location, rows, None, taken)]
+                points += [_hook_point(name, written, rows, edit), _hook_point(name, location, rows, capture=taken)]
         return Instrumentation(points)
 
 
-def _hook_point(location: SiteLocation, rows: int, edit: Edit | None, capture: Capture | None) -> HookPoint:
+def _hook_point(
+    name: str, location: SiteLocation, rows: int, edit: Edit | None = None, capture: Capture | None = None
+) -> HookPoint:
     flat_rows = rows if location.flat else None
-    return HookPoint(location.module, location.end, edit, capture, location.scale, flat_rows)
+    return HookPoint(location.module, location.end, edit, capture, location.scale, flat_rows, name)
 
 
 class _Telling(Observer):

@@ -18,6 +18,7 @@ from torch import nn
 
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
+from nblens.model.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -298,11 +299,12 @@ def _trace_tail(model: PreTrainedModel, blocks: nn.ModuleList, lm_head: nn.Modul
     running: list[nn.Module] = []  # modules that started after the last block and have not ended
     number = {block: i for i, block in enumerate(blocks)}
     steps = next(path for path, module in model.named_modules() if module is lm_head).split(".")
-    around_head = {model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)}
+    passed_over = {model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)}
+    passed_over.update(lm_head.modules())  # an adapter's head has modules of its own
     ran: list[int] = []
 
     def started(module: nn.Module, args: Any) -> None:
-        if ran and ran[-1] == len(blocks) - 1 and not head_outputs and module not in around_head:
+        if ran and ran[-1] == len(blocks) - 1 and not head_outputs and module not in passed_over:
             if not running:
                 tail.append(module)
             running.append(module)
@@ -364,17 +366,13 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
 
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """The model's own logits of `probe_ids`, (2, 8, vocab_size), in evaluation mode and without a cache."""
-    training = [module for module in model.modules() if module.training]
-    model.train(False)  # dropout would make two passes differ
-    try:
-        logits: torch.Tensor = model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on token ids alone: {first_line(error)}"
-        ) from error
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model):
+        try:
+            logits: torch.Tensor = model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run on token ids alone: {first_line(error)}"
+            ) from error
     return logits
 
 

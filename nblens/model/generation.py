@@ -18,6 +18,7 @@ import torch
 
 from nblens.errors import NumericalError, UserError
 from nblens.model.batching import Batching
+from nblens.model.hooks import Instrumentation
 from nblens.specs import GenerationSpec
 
 if TYPE_CHECKING:
@@ -179,6 +180,7 @@ class SteppingLoop:
         width: int,
         batching: Batching | None = None,
         decoder: Decoder | None = None,
+        hooks: Instrumentation | None = None,
     ) -> None:
         self._model, self._batch, self._observer, self._decoder = model, batch, observer, decoder
         self._width, self._batching = max(1, width), batching or Batching()
@@ -186,6 +188,7 @@ class SteppingLoop:
         self._cache_name = cache_name(model)
         self._first = batch.first_columns
         self._mask = batch.mask
+        self._hooks, self._passes = hooks, 0
         self._fed = 0
         self._cache: Cache | None = None
         self.started = False
@@ -296,6 +299,9 @@ class SteppingLoop:
             arguments["logits_to_keep"] = 1 if keep_logits else ids.new_empty(0)
         model: Any = self._model
         output = model(**arguments)
+        self._passes += 1
+        if self._hooks is not None:
+            self._hooks.check(self._passes)
         if self._cache_name is not None and (grown := getattr(output, self._cache_name, None)) is not None:
             self._cache = grown
         logits: torch.Tensor = output.logits

@@ -27,7 +27,7 @@ def test_attach_makes_the_model_the_current_one_and_leaves_it_as_it_was(attach):
     session = attach(model)
     assert nblens.current() is session
     assert session.model is model
-    assert not model.training
+    assert model.training
     assert hook_count(model) == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert repr(session) == "Session(LlamaForCausalLM, 3 blocks × 32, float32 on cpu)"
