@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, encode, single_token
-from nblens.options import SITE, Prompt, check_generation, several_sites
+from nblens.options import SITE, Prompt, check_generation, listed, several_sites
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
@@ -27,6 +28,7 @@ from nblens.specs import (
     FitSpec,
     GenerationSpec,
     LensSpec,
+    Positions,
     RunSpec,
     SteeringWrite,
 )
@@ -43,6 +45,7 @@ __all__ = ["RequestBuilder", "live_name"]
 Ids = tuple[int, ...]
 
 _STEPS, _LEARNING_RATE = 100, 0.25
+_MOST_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,11 @@ class RequestBuilder:
         self, name: str, coefficients: Sequence[float], layers: Any, write: Any, op: str | None
     ) -> tuple[Steer, tuple[float, ...]]:
         """One vector at several coefficients."""
-        if isinstance(coefficients, (int, float, str)) or not len(coefficients):
+        if isinstance(coefficients, (Real, str)) or coefficients is None:
             raise UserError(f"sweep needs a list of coefficients, got {coefficients!r}")
-        strengths = tuple(check_coefficient(name, c) for c in coefficients)
+        strengths = tuple(check_coefficient(name, c) for c in listed("coefficients", coefficients, _MOST_ROWS))
+        if not strengths:
+            raise UserError("sweep needs a list of coefficients, got []")
         usual = self.vectors.usual(name)
         steer = replace(usual, layers=layers, write=usual.write if write is None else write, op=op or usual.op)
         return steer, strengths
@@ -185,7 +190,7 @@ class RequestBuilder:
     def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
         if not isinstance(targets, (str, Integral, Iterable)):
             raise UserError(f"targets must be tokens, as text or ids, got {targets!r}")
-        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets)
+        wanted = [targets] if isinstance(targets, (str, Integral)) else listed("targets", targets)
         return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
     def capture(
@@ -201,11 +206,14 @@ class RequestBuilder:
         """Which activations shall be kept, of which tokens."""
         if to is not None and not isinstance(to, (str, os.PathLike)):
             raise UserError(f"to must be the path of a file, got {to!r}")
-        kept = () if positions is None else tuple(_positions(positions, len(ids), generate) for ids in prompts)
+        kept = () if positions is None else _kept(positions, [len(ids) for ids in prompts], generate)
+        from_end = any(one.counts_from_end for one in kept) and generate > 1
+        most = [n + max(0, generate - 1) for n in map(len, prompts)]  # what is fed, unless the text ends before
         return CaptureSpec(
             blocks=parse_layers(layers, self.architecture.n_blocks),
             sites=_site_names(sites),
-            positions=kept,
+            positions=() if from_end else tuple(one.of(n) for one, n in zip(kept, most, strict=False)),
+            from_end=kept if from_end else (),
             to=None if to is None else os.path.abspath(os.path.expanduser(to)),
         )
 
@@ -239,7 +247,7 @@ class RequestBuilder:
 
     def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> AnsweredPrompt:
         """One prompt in text with a positive and a negative answer as token ids."""
-        if not isinstance(prompt, str) or isinstance(answers, str) or len(answers) != 2:
+        if not isinstance(prompt, str) or isinstance(answers, str) or not _are_two(answers):
             raise UserError(f"answers are two texts that may follow a prompt in text, got {answers!r} and {prompt!r}")
         return self.answers([Sample(prompt, *answers)], chat=chat)[0]
 
@@ -303,35 +311,50 @@ def live_name(key: str) -> str:
     return f"live:{key}"
 
 
-def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
-    """Absolute positions that a spec names; negative indices count from the prompt's end."""
-    fed = range(prompt_length + max(0, generate - 1))
-    named = {
-        "prompt": fed[:prompt_length],
-        "generated": fed[prompt_length:],
-        "last": fed[prompt_length - 1 : prompt_length],
-    }
+def _kept(spec: Any, prompt_lengths: Sequence[int], generate: int) -> tuple[Positions, ...]:
+    """The tokens of each row that a spec names."""
     if isinstance(spec, str):
-        if spec not in named:
-            raise UserError(f"positions {spec!r} are unknown; one of {', '.join(named)}, or indices, or a slice")
-        return tuple(named[spec])
+        if spec not in _NAMED_POSITIONS:
+            known = ", ".join(_NAMED_POSITIONS)
+            raise UserError(f"positions {spec!r} are unknown; one of {known}, or indices, or a slice")
+        return tuple(_NAMED_POSITIONS[spec](length) for length in prompt_lengths)
     if isinstance(spec, slice):
         try:
-            return tuple(sorted(fed[spec]))
+            ends = slice(*(None if end is None else operator.index(end) for end in (spec.start, spec.stop, spec.step)))
+            range(0)[ends]
         except (TypeError, ValueError) as error:
             raise UserError(f"positions {spec!r}: {error}") from None
+        return (Positions(span=(ends.start, ends.stop, ends.step)),) * len(prompt_lengths)
     if isinstance(spec, bool) or not isinstance(spec, (Integral, Iterable)):
         raise UserError(f"positions must be indices, a slice or a name, got {spec!r}")
-    indices = [spec] if isinstance(spec, Integral) else list(spec)
-    if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= int(i) < len(fed)]:
-        raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
-    return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
+    indices = [spec] if isinstance(spec, Integral) else listed("positions", spec)
+    for length in prompt_lengths:
+        fed = length + max(0, generate - 1)
+        if bad := [i for i in indices if not _is_index(i) or not -fed <= int(i) < fed]:
+            raise UserError(f"position {bad[0]!r} is outside a text of {fed} tokens")
+    return (Positions(indices=tuple(map(int, indices))),) * len(prompt_lengths)
+
+
+_NAMED_POSITIONS: Mapping[str, Callable[[int], Positions]] = {
+    "prompt": lambda length: Positions(span=(0, length, None)),
+    "generated": lambda length: Positions(span=(length, None, None)),
+    "last": lambda length: Positions(indices=(length - 1,)),
+}
+"""name → the tokens of a row whose prompt has so many"""
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _are_two(values: Any) -> bool:
+    return hasattr(values, "__len__") and len(values) == 2
 
 
 def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(metrics, Iterable):
         raise UserError(f"metrics must be names, or none: (), got {metrics!r}")
-    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    names = (metrics,) if isinstance(metrics, str) else tuple(listed("metrics", metrics))
     if unknown := [name for name in names if name not in LENS_METRICS]:
         raise UserError(f"metric {unknown[0]!r} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()")
     return names
@@ -339,7 +362,8 @@ def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
     """A seed for each row."""
-    seeds = (seed,) * rows if isinstance(seed, Integral) or not isinstance(seed, Iterable) else tuple(seed)
+    single = isinstance(seed, Integral) or not isinstance(seed, Iterable)
+    seeds: tuple[Any, ...] = (seed,) * rows if single else tuple(listed("seed", seed))
     if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
         raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if len(seeds) != rows:
@@ -348,7 +372,8 @@ def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
 
 
 def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:
-    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
+    single = isinstance(sites, str) or not isinstance(sites, Iterable)
+    names = (sites,) if single else tuple(listed("sites", sites))
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"sites must be names such as resid_post, got {sites!r}")
     if not names:

@@ -29,6 +29,7 @@ TITLES = {
     "entropy": "entropy (nats)",
     "kl": "KL to the last block (nats)",
     "rank": "rank of the token that follows",
+    "kl_from_base": "KL(base ‖ steered) (nats)",
 }
 """What each metric is, in words."""
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from nblens.errors import UserError, shown
 
 __all__ = ["format_layers", "parse_layers"]
 
+_MOST = 10_000  # items of a spec
 _INDEX = r"(-?[0-9]{1,9})"
 _RANGE = re.compile(rf"{_INDEX}?\s*-\s*{_INDEX}?")
 _SLICE = re.compile(rf"{_INDEX}?:{_INDEX}?(?::{_INDEX}?)?")
@@ -78,11 +80,13 @@ def _resolve(spec: Any, n_blocks: int) -> Iterable[int]:
     except TypeError:
         pass
     try:
-        items = list(spec)
+        items = list(islice(spec, _MOST + 1))
     except TypeError:
         raise UserError(
             f'layers {shown(spec)} cannot be read; give an int, a slice or a string such as "0-4,-1"'
         ) from None
+    if len(items) > _MOST:
+        raise UserError(f"layers {shown(spec)} do not end; give a list, a slice or a string")
     return [block for item in items for block in _resolve(item, n_blocks)]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import islice
 from typing import Any, TypedDict
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 from nblens.steering.vector_store import Steering
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "Watch",
     "check_generation",
     "either",
+    "listed",
     "one_site",
+    "readable_again",
     "several_sites",
 ]
 
@@ -49,6 +52,8 @@ Watch = Callable[[Any], object]
 
 SITE = "resid_post"
 """The site that is meant where none is named."""
+
+_MOST, _MOST_STEERS = 1_000_000, 10_000  # of the values in one argument
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -144,6 +149,28 @@ def _known_to_generation() -> frozenset[str]:
     from transformers import GenerationConfig
 
     return frozenset(GenerationConfig().to_dict())
+
+
+def listed(what: str, values: Any, most: int = _MOST) -> list[Any]:
+    """The values of an argument, also of one that can be read once alone.
+
+    Raises
+    ------
+    UserError
+        There are no values in it, or they do not end.
+    """
+    try:
+        items = list(islice(values, most + 1))
+    except TypeError:
+        raise UserError(f"{what} must be a list, got {shown(values)}") from None
+    if len(items) > most:
+        raise UserError(f"{what} must be a list that ends; {shown(values)} has more than {most:,} values")
+    return items
+
+
+def readable_again(steer: Steering) -> Steering:
+    """A setting that a method reads more than once, though it may be given as what can be read once."""
+    return steer if steer is None or isinstance(steer, Mapping) else listed("steer", steer, _MOST_STEERS)
 
 
 def either(method: str, **spellings: Any) -> Any:

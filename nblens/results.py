@@ -88,6 +88,8 @@ class Sweep(list[Generation]):
         Positive and negative answer.
     propensities : numpy.ndarray, optional
         float64 (n,): log P(positive) − log P(negative) after the prompt under each coefficient, nats.
+    answer_ids : (tuple of int, tuple of int), optional
+        The tokens of each answer that were scored.
     """
 
     def __init__(
@@ -96,9 +98,10 @@ class Sweep(list[Generation]):
         name: str,
         answers: tuple[str, str] | None = None,
         propensities: np.ndarray | None = None,
+        answer_ids: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         super().__init__(generations)
-        self.name, self.answers, self.propensities = name, answers, propensities
+        self.name, self.answers, self.propensities, self.answer_ids = name, answers, propensities, answer_ids
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -200,7 +203,8 @@ class RunResult:
     def comparison(self, site: str, decode: Decode) -> Comparison:
         """The first two rows, without and with steering."""
         base, steered = (self.trajectories(row)[site] for row in (0, 1))
-        return Comparison(base, steered, decode(self.sampled(0)), decode(self.sampled(1)))
+        beside_base = self._collector.beside_base(site)
+        return Comparison(base, steered, decode(self.sampled(0)), decode(self.sampled(1)), **beside_base)
 
     def captured(self, sites: str | Sequence[str], single: bool) -> Any:
         """All rows' activations in the shape that was asked for, or the file that they were written to."""

@@ -45,6 +45,7 @@ from nblens.options import (
     Watch,
     either,
     one_site,
+    readable_again,
     several_sites,
 )
 from nblens.progress import progress_bar
@@ -286,6 +287,7 @@ class Session:
             The blocks norm the stream after each addition, or their parts could not be found.
         """
         build, client = inside(self)
+        steer = readable_again(steer)
         n_new = either("attribute", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, _ = build.run("attribute", prompt, steer, n_new, temperature, seed, options, chat=chat, copies=1)
         if targets is None:
@@ -342,7 +344,7 @@ class Session:
         n_new = either("compare", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, _ = build.run("compare", prompt, {}, n_new, temperature, seed, options, chat=chat, copies=2)
         reading = build.lens(layers, asked, top_k, targets, lens, metrics)
-        spec = replace(spec, lens=reading, steering=build.beside_unsteered(steer))
+        spec = replace(spec, lens=replace(reading, compared=True), steering=build.beside_unsteered(steer))
         return client.run(spec, lambda result: result.comparison(asked, self._decode), watch)
 
     @overload
@@ -389,12 +391,13 @@ class Session:
         prompt : str, sequence of int, or list of these
             As in `lens`.
         positions : {"prompt", "generated", "last"}, int, slice or sequence of int, optional
-            Tokens to keep; negative indices count from the prompt's end, a slice runs over the generated tokens too.
-            None: all.
+            Tokens to keep, of all that were fed: the prompt, and the generated ones but the last. Indices and slices
+            count as in Python on these, so that −1 is the last that was fed, generated or not; "last" is the prompt's
+            last. None: all.
         to : str or os.PathLike, optional
             Write them to this safetensors file while the run goes on, so that memory holds one step's activations at
-            any length. Tensors are named by site (`1.resid_post` for the second of several prompts), with
-            `token_ids` beside them.
+            any length, and what counts from the end until that has come. Tensors are named by site (`1.resid_post` for
+            the second of several prompts), with `token_ids` beside them.
         sites, site, layers, max_new_tokens, generate, steer, chat, seed, temperature
             As in `lens`.
         **options
@@ -461,6 +464,7 @@ class Session:
             A list of them for a list of prompts.
         """
         build, client = inside(self)
+        steer = readable_again(steer)
         asked = max_new_tokens, temperature, seed, options
         spec, single = build.run("generate", prompt, steer, *asked, chat=chat, fewest=1)
         spec = replace(spec, lens=build.lens_from(lens))
@@ -521,14 +525,14 @@ class Session:
         asked = max_new_tokens, temperature, seed, options
         spec, _ = build.run("sweep", prompt, {}, *asked, chat=chat, copies=len(strengths), fewest=1)
         written = self.vectors.write(steer, strengths)
-        scored = None
+        scored = answer_ids = None
         if answers is not None:
             encoded = build.two_answers(prompt, answers, chat=chat)
-            scored = Scorer(client.events, progress=False).answered(encoded, written)
+            answer_ids, scored = encoded.answers, Scorer(client.events, progress=False).answered(encoded, written)
 
         def assemble(result: RunResult) -> Sweep:
             rows = [result.generation(row, self._decode, {name: c}, c) for row, c in enumerate(strengths)]
-            return Sweep(rows, name, answers, scored)
+            return Sweep(rows, name, answers, scored, answer_ids)
 
         return client.run(replace(spec, steering=(written,)), assemble)
 

@@ -32,6 +32,7 @@ __all__ = [
     "GenerationSpec",
     "LensSpec",
     "LensTensors",
+    "Positions",
     "Progress",
     "ReadoutSlice",
     "Request",
@@ -89,6 +90,9 @@ class LensSpec:
     lens: str = "logit"
     """"logit", or the name of `LensTensors` that were sent before"""
     metrics: tuple[str, ...] = LENS_METRICS
+    compared: bool = False
+    """the second row is the first under steering: at each of its tokens, read what the first makes of its top token,
+    and where "kl" is among the metrics, KL(first ‖ second)"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,41 @@ class AttributionSpec:
 
 
 @dataclass(frozen=True)
+class Positions:
+    """Tokens of one row; negative numbers count from the end of what is fed, which the run alone knows.
+
+    >>> Positions(span=(-3, None, None)).of(9), Positions(indices=(-1, 0)).of(9)
+    ((6, 7, 8), (0, 8))
+    """
+
+    indices: tuple[int, ...] = ()
+    span: tuple[int | None, int | None, int | None] | None = None
+    """start, stop and step of a slice, in the place of indices"""
+
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether other tokens are meant where more are fed."""
+        start, stop, step = self.span or (None, None, None)
+        return any(n < 0 for n in (*self.indices, start or 0, stop or 0, step or 1))
+
+    def of(self, n_fed: int) -> tuple[int, ...]:
+        """Absolute positions of a row of so many tokens, ascending; those outside of it are left out."""
+        if self.span is not None:
+            return tuple(sorted(range(n_fed)[slice(*self.span)]))
+        return tuple(sorted({i % n_fed for i in self.indices if -n_fed <= i < n_fed}))
+
+    def may_hold(self, position: int, n_fed: int) -> bool:
+        """Whether a position may still be meant once `n_fed` tokens have been fed, and more may follow."""
+        if self.span is None:
+            return position in self.indices or any(i < 0 and position - i >= n_fed for i in self.indices)
+        start, stop, step = self.span
+        if step not in (None, 1):
+            return True
+        first = (start or 0) + n_fed if (start or 0) < 0 else start or 0
+        return position >= first and (stop is None or stop < 0 or position < stop)
+
+
+@dataclass(frozen=True)
 class CaptureSpec:
     """Which raw activations are kept."""
 
@@ -107,6 +146,8 @@ class CaptureSpec:
     sites: tuple[str, ...]
     positions: tuple[tuple[int, ...], ...] = ()
     """absolute positions to keep for each row, ascending; empty: all"""
+    from_end: tuple[Positions, ...] = ()
+    """in the place of `positions`, for each row, where the end decides"""
     to: str | None = None
     """file that they are written to as they come, instead of being handed out"""
 
@@ -247,6 +288,8 @@ class ActivationSlice:
     """place of the first among the row's kept tokens: its absolute position where all are kept"""
     values: torch.Tensor
     """(n_layers, n, d_model), on the CPU, in the model's dtype"""
+    positions: tuple[int, ...] = ()
+    """absolute positions of the tokens, where `CaptureSpec.from_end` chose them"""
 
 
 @dataclass(frozen=True)

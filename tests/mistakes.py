@@ -1,5 +1,7 @@
 """Mistakes that a user can make, with what each is told: for tests in this process and over several ranks."""
 
+from itertools import count, repeat
+
 import numpy as np
 from steered_runs import direction, hook_count
 from tiny_models import N_BLOCKS, VOCAB_SIZE, prompt_ids
@@ -103,7 +105,34 @@ MISTAKES = {
     "coefficient beyond float32": (lambda s: s.generate(TEXT, 2, steer={"v": 1e300}), r"'v' must be .*1e\+300"),
     "coefficient no number": (lambda s: s.steer({"v": "strong"}), r"'v' must be a number, got 'strong'"),
     "no coefficient": (lambda s: s.sweep(TEXT, "v", []), r"sweep needs a list .* got \[\]"),
+    "coefficients without an end": (
+        lambda s: s.sweep(TEXT, "v", count()),
+        r"coefficients must be a list that ends; count\(\d+\) has more than 10,000 ",
+    ),
     "a bare coefficient to sweep": (lambda s: s.sweep(TEXT, "v", 2.0), r"coefficients, got 2\.0"),
+    "layers without an end": (lambda s: s.lens(TEXT, layers=count()), r"layers count\(.*do not end"),
+    "sites without an end": (
+        lambda s: s.lens(TEXT, sites=repeat("resid_pre")),
+        r"sites must be a list that ends; repeat\('resid_pre'\) has more than 1,000,000",
+    ),
+    "targets without an end": (
+        lambda s: s.lens(TEXT, targets=repeat(5)),
+        r"targets must be a list that ends; repeat\(5\)",
+    ),
+    "metrics without an end": (lambda s: s.lens(TEXT, metrics=repeat("kl")), r"metrics must be a list that ends"),
+    "positions without an end": (lambda s: s.capture(TEXT, positions=count()), r"positions must be a list that ends"),
+    "seeds without an end": (lambda s: s.generate(TEXT, 2, seed=count()), r"seed must be a list that ends"),
+    "answers that are read once": (
+        lambda s: s.sweep(TEXT, "v", [1], 2, answers=iter([" a", " b"])),
+        r"answers are two texts .*got <list_iterator",
+    ),
+    "coefficients of a measurement without an end": (
+        lambda s: nblens.Measurement(count()),
+        r"coefficients must be a list that ends; count",
+    ),
+    "steers without an end": (lambda s: s.lens(TEXT, steer=repeat(Steer("v"))), r"steer must be a list that ends"),
+    "steers without an end to generate": (lambda s: s.generate(TEXT, 2, steer=repeat(3)), r"steer must be a list that"),
+    "steer that is none": (lambda s: s.lens(TEXT, steer=3), r"nblens\.Steer values, got 3"),
     "steer of another type": (lambda s: s.lens(TEXT, steer=[("v", 1.0)]), r"nblens\.Steer values, got \('v', 1\.0\)"),
     "steer a bare name": (lambda s: s.lens(TEXT, steer="v"), r"nblens\.Steer values, got 'v'"),
     "nothing steers": (lambda s: s.compare(TEXT, steer={}), r'nothing steers; give steer=\{"name": coefficient\}'),

@@ -45,10 +45,15 @@ class ActivationRecorder:
         assert spec.capture.to is not None
         self._prompts, self._capture, self._emit = spec.prompts, spec.capture, emit
         self._sampled: list[list[int]] = [[] for _ in spec.prompts]
+        self._chosen: dict[int, tuple[int, ...]] = {}
         n_new = spec.generation.max_new_tokens - 1 if spec.generation else 0
         shapes = {}
         for row, prompt in enumerate(spec.prompts):
-            n_tokens = len(self._capture.positions[row]) if self._capture.positions else len(prompt) + n_new
+            n_tokens = len(prompt) + n_new
+            if self._capture.positions:
+                n_tokens = len(self._capture.positions[row])
+            elif self._capture.from_end:
+                n_tokens = len(self._capture.from_end[row].of(n_tokens))
             for site in self._capture.sites:
                 shapes[self._name(row, site)] = (len(self._capture.blocks), n_tokens, facts.d_model)
         self._file = ActivationFile(spec.capture.to, shapes, facts.dtype)
@@ -57,6 +62,7 @@ class ActivationRecorder:
         """Take in an event; all but activations go on to `emit`."""
         if isinstance(event, ActivationSlice):
             self._file.write(self._name(event.row, event.site), event.start, event.values)
+            self._chosen[event.row] = event.positions
             return
         if isinstance(event, TokensSampled):
             event.place_in(self._sampled)
@@ -71,8 +77,8 @@ class ActivationRecorder:
         capture, ids = self._capture, {}
         for row, prompt in enumerate(self._prompts):
             sequence = torch.tensor([*prompt, *self._sampled[row]], dtype=torch.int32)
-            if capture.positions:
-                sequence = sequence[[p for p in capture.positions[row] if p < len(sequence)]]
+            if kept := capture.positions[row] if capture.positions else self._chosen.get(row):
+                sequence = sequence[[p for p in kept if p < len(sequence)]]
             n_written = self._file.n_tokens(self._name(row, capture.sites[0]))
             ids[self._name(row, "token_ids")] = sequence[:n_written]
         layers = ",".join(map(str, capture.blocks))

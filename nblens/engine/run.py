@@ -13,6 +13,7 @@ import torch
 from nblens.engine.activation_file import ActivationRecorder
 from nblens.engine.control import Control, Emit, LoopControl
 from nblens.engine.cuda_graph import Recorder, Workspace, Workspaces, find_recorder
+from nblens.engine.from_end import FromEnd
 from nblens.engine.memory import chunk_that_fits, is_out_of_memory, out_of_memory, with_smaller_chunks
 from nblens.engine.numerics import located
 from nblens.engine.readout_lane import ReadoutLane
@@ -66,6 +67,8 @@ class Runs:
             self._serve_groups(spec, emit, control)
 
     def _serve_groups(self, spec: RunSpec, emit: Emit, control: Control) -> None:
+        if spec.capture and spec.capture.from_end:
+            emit = FromEnd(spec.capture, emit)
         groups = RowGroups(spec, emit, control)
         for rows in self._runner.batching.groups(spec.prompts):
             if not control.cancelled:

@@ -9,10 +9,12 @@ from numbers import Integral, Real
 from typing import Any, TypedDict
 
 from nblens.errors import UserError
-from nblens.options import UnexpectedKeywordError
+from nblens.options import UnexpectedKeywordError, listed
 from nblens.steering.steer import check_coefficient
 
 __all__ = ["Measurement", "MeasurementOptions", "chosen"]
+
+_MOST_COEFFICIENTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,14 @@ class Measurement:
             raise UserError(f"a KL budget is a number of nats from 0 up, got {self.kl_budget!r}")
         if isinstance(self.neutral, str):
             raise UserError("neutral must be a list of texts; got one text")
-        if isinstance(self.coefficients, (int, float, str)) or len(set(self.coefficients)) < 2:
+        if self.neutral is not None:
+            object.__setattr__(self, "neutral", tuple(listed("neutral", self.neutral)))
+        if isinstance(self.coefficients, (int, float, str)):
             raise UserError(f"a slope needs two coefficients or more, got {self.coefficients!r}")
-        coefficients = tuple(check_coefficient("a measured vector", c) for c in self.coefficients)
+        given = tuple(listed("coefficients", self.coefficients, _MOST_COEFFICIENTS))
+        if len(set(given)) < 2:
+            raise UserError(f"a slope needs two coefficients or more, got {given!r}")
+        coefficients = tuple(check_coefficient("a measured vector", c) for c in given)
         if twice := [c for c in coefficients if coefficients.count(c) > 1]:
             raise UserError(f"coefficient {twice[0]:g} is there twice; give each λ once")
         object.__setattr__(self, "coefficients", coefficients)

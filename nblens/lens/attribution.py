@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
 from nblens.readout.frozen_tail import FrozenTail
 from nblens.specs import AttributionSpec, ReadoutSlice
+from nblens.views.panels import name_of, shared_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,18 +66,25 @@ class Attribution:
         total = np.sum([values.sum(0) for values in self.contributions.values()], axis=0)
         return np.asarray(self.logits - self.embedding - self.bias - total)
 
+    def target_name(self, target: int, write: Callable[[str], str] = str) -> str:
+        """Text of the target at an index as `write` writes it, with its id where another target has the same text."""
+        return name_of(self.target_ids[target], self.target_tokens[target], shared_texts(self.target_tokens), write)
+
     def to_frame(self) -> pd.DataFrame:
-        """One row per part, token position and target."""
+        """One row per part, token position and target, the target by its id and text."""
         import pandas as pd
 
-        rows = []
+        rows: list[tuple[str, int, int, int, Any]] = []
         for site, values in self.contributions.items():
             for (row, position, target), value in np.ndenumerate(values):
-                rows.append((site, self.layers[row], position, self.target_tokens[target], value))
+                rows.append((site, self.layers[row], position, target, value))
         for (position, target), value in np.ndenumerate(self.embedding):
-            rows.append(("embedding", -1, position, self.target_tokens[target], value))
-            rows.append(("bias", -1, position, self.target_tokens[target], self.bias[target]))
-        return pd.DataFrame(rows, columns=["part", "layer", "position", "target", "logit"])
+            rows.append(("embedding", -1, position, target, value))
+            rows.append(("bias", -1, position, target, self.bias[target]))
+        frame = pd.DataFrame(rows, columns=["part", "layer", "position", "target", "logit"])
+        frame["target_id"] = [self.target_ids[target] for target in frame["target"]]
+        frame["target"] = [self.target_tokens[target] for target in frame["target"]]
+        return frame
 
     def plot(self, position: int = -1) -> Figure:
         """Bars over the blocks for one token position, attention and MLP apart, a panel per target."""

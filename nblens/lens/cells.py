@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
@@ -91,18 +92,18 @@ class Cells(TokenGrid):
         return "".join(self.tokens)
 
     def top(self, layer: int = -1, token: int = -1) -> list[tuple[str, float]]:
-        """Most likely tokens with their probabilities at one cell.
+        """Most likely tokens with their probabilities at one cell; `top_ids` tells tokens of one text apart.
 
         Parameters
         ----------
         layer : int
             Block index; negative counts from the model's last block.
         token : int
-            Token position; negative counts from the last.
+            Token position; negative counts from the last that was fed, generated ones too.
         """
         row = self._layer_row(layer)
-        if not -self.n_tokens <= token < self.n_tokens:
-            raise UserError(f"token {token} is outside this trajectory of {self.n_tokens} tokens")
+        if not isinstance(token, Integral) or not -self.n_tokens <= token < self.n_tokens:
+            raise UserError(f"token {token!r} is outside this trajectory of {self.n_tokens} tokens")
         ids, logprobs = self.top_ids[row, token], self.top_logprobs[row, token]
         return [(self.token_text(i), float(p)) for i, p in zip(ids, np.exp(logprobs), strict=True)]
 
@@ -129,19 +130,24 @@ class Cells(TokenGrid):
         return replace(self, **cut, prompt_length=min(self.prompt_length, n_tokens))
 
     def _layer_row(self, layer: int) -> int:
-        block = layer + self.n_blocks if layer < 0 else layer
-        if block not in self.layers:
-            raise UserError(f"layer {layer} was not read; this trajectory holds {format_layers(self.layers)}")
+        block = layer + self.n_blocks if isinstance(layer, Integral) and layer < 0 else layer
+        if not isinstance(layer, Integral) or block not in self.layers:
+            raise UserError(f"layer {layer!r} was not read; this trajectory holds {format_layers(self.layers)}")
         return self.layers.index(block)
 
     def _at_layers(self, layers: Any) -> Self:
         """The same over some of its layers."""
+        rows = self._rows_of(layers)
+        cut = {name: getattr(self, name)[rows] for name in (*PER_CELL, *PER_CELL_MANY)}
+        return replace(self, layers=tuple(self.layers[row] for row in rows), **cut)
+
+    def _rows_of(self, layers: Any) -> list[int]:
+        """Places of some layers among those that were read."""
         wanted = parse_layers(layers, self.n_blocks)
         rows = [row for row, layer in enumerate(self.layers) if layer in wanted]
         if not rows:
             raise UserError(f"layers {layers!r} were not read; the trajectory holds {list(self.layers)}")
-        cut = {name: getattr(self, name)[rows] for name in (*PER_CELL, *PER_CELL_MANY)}
-        return replace(self, layers=tuple(self.layers[row] for row in rows), **cut)
+        return rows
 
     def _followed_by(self, more: Self) -> Self:
         """The same with the tokens after it.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from nblens.lens.attribution import ATTRIBUTION, CONTRIBUTIONS, Attribution
+from nblens.lens.comparison import BESIDE_BASE
 from nblens.lens.trajectory import Trajectory
 from nblens.specs import AttributionSpec, LensSpec, ReadoutSlice, RunSpec, TokensSampled
 
@@ -39,7 +40,7 @@ class TrajectoryCollector:
         lens = self._lens
         target_ids = self._target_ids(row, site)
         parts = [_with_targets(part, len(target_ids)) for part in self._parts(row, site)]
-        arrays = _joined(parts or [_no_tokens(lens, len(target_ids))])
+        arrays = _joined([_no_tokens(lens, len(target_ids)), *parts])
         n_tokens = arrays["top_ids"].shape[1]
         sequence = np.asarray([*self._spec.prompts[row], *self.sampled[row]], dtype=np.int32)
         next_ids = np.full(n_tokens, -1, dtype=np.int32)
@@ -68,6 +69,16 @@ class TrajectoryCollector:
             timings=dict(timings or {}),
             **arrays,
         )
+
+    def beside_base(self, site: str) -> dict[str, np.ndarray]:
+        """What was read of the second row beside the first, by names of `Comparison`; empty where nothing was."""
+        parts = self._parts(1, site)
+        names = [name for name in BESIDE_BASE if any(name in part for part in parts)]
+        missing = [np.full(part["entropy"].shape, np.nan, np.float32) for part in parts]  # where the first had ended
+        return {
+            name: np.concatenate([part.get(name, nan) for part, nan in zip(parts, missing, strict=True)], axis=1)
+            for name in names
+        }
 
     @property
     def _lens(self) -> LensSpec:

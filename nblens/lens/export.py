@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nblens.lens.cells import PER_CELL, Cells
-from nblens.views.panels import GridPanel
+from nblens.views.panels import GridPanel, name_of, shared_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +34,7 @@ def as_json(panels: Mapping[str, GridPanel]) -> str:
         "prompt_length": first.prompt_length,
     }
     cells = {_COMPONENTS.get(site, site): _ranked(panel) for site, panel in panels.items()}
+    ids = {_COMPONENTS.get(site, site): panel.top_ids.tolist() for site, panel in panels.items()}
     tokens = [
         json.dumps(
             {
@@ -42,6 +43,10 @@ def as_json(panels: Mapping[str, GridPanel]) -> str:
                 "id": int(first.token_ids[position]),
                 "layers": {
                     str(layer): {component: rows[row][position] for component, rows in cells.items()}
+                    for row, layer in enumerate(first.layers)
+                },
+                "ids": {
+                    str(layer): {component: rows[row][position] for component, rows in ids.items()}
                     for row, layer in enumerate(first.layers)
                 },
             }
@@ -75,6 +80,7 @@ def as_frame(cells: Cells, *, long: bool = False) -> pd.DataFrame:
     layer, position = np.meshgrid(cells.layers, np.arange(cells.n_tokens), indexing="ij")
     frame = pd.DataFrame({"layer": layer.ravel(), "position": position.ravel()})
     frame["token"] = [cells.tokens[p] for p in frame["position"]]
+    frame["token_id"] = cells.token_ids[frame["position"].to_numpy()]
     if long:
         k = cells.top_ids.shape[-1]
         frame = frame.loc[frame.index.repeat(k)].reset_index(drop=True)
@@ -82,10 +88,14 @@ def as_frame(cells: Cells, *, long: bool = False) -> pd.DataFrame:
     ids = cells.top_ids if long else cells.top_ids[..., 0]
     logprobs = cells.top_logprobs if long else cells.top_logprobs[..., 0]
     frame["top_token"] = [cells.token_text(i) for i in ids.ravel()]
+    frame["top_id"] = ids.ravel()
     frame["top_prob"] = np.exp(logprobs).ravel()
     if not long:
         for name in PER_CELL:
             frame[name] = getattr(cells, name).ravel()
-        for i, target in enumerate(cells.target_ids):
-            frame[f"logprob[{cells.token_text(target)}]"] = cells.target_logprobs[..., i].ravel()
+        targets = {target: cells.token_text(target) for target in cells.target_ids.tolist()}
+        shared = shared_texts(targets.values())
+        for i, target in enumerate(cells.target_ids.tolist()):
+            name = name_of(target, targets[target], shared)
+            frame[f"logprob[{name}]"] = cells.target_logprobs[..., i].ravel()
     return frame

@@ -63,13 +63,16 @@ class LensReader:
         for site in sorted(self.spec.sites, key=lambda name: name == "resid_post"):
             # of the stream itself: translators may overflow by themselves
             sums = captured[site].sum(-1, dtype=torch.float32)
-            result, slots = self._read_site(site, captured, spans)
+            result, slots, pairs = self._read_site(site, captured, spans)
             self._check_finite(site, sums[slots], result.top_logprobs[slots, :, 0])
             if self.spec.target_ids is None:
                 self._find_leaders(result, slots, site, spans)
                 followed = self.readout.more_logprobs(result, self._leader_ids(site, spans).to(result.normed.device))
+            beside_base = self._beside_base(result, slots, spans, pairs)
             for span in spans:
                 arrays, target_ids = self._arrays(result, slots, span.place), self.spec.target_ids
+                if span.row == 1:
+                    arrays |= beside_base
                 if target_ids is None:
                     target_ids = self._leaders.get((span.row, site), ())
                     logprobs = followed[slots, span.place, : len(target_ids)].cpu().numpy()
@@ -101,7 +104,7 @@ class LensReader:
 
     def _read_site(
         self, site: str, captured: dict[str, torch.Tensor], spans: Sequence[RowSpan]
-    ) -> tuple[ReadoutResult, list[int]]:
+    ) -> tuple[ReadoutResult, list[int], _Pairs | None]:
         hidden, final = captured[site], None
         blocks = self.places[site]
         if self.lens is not None:
@@ -110,15 +113,45 @@ class LensReader:
             if site != "resid_post":
                 hidden = torch.cat([hidden, captured["resid_post"][-1:]])
             final = len(hidden) - 1
+        wanted = self._wanted(spans).to(hidden.device)
+        pairs = _Pairs.of(spans, hidden.device) if self.spec.compared else None
+        beside = pairs if final is not None else None
+        if beside is not None:  # each token beside the same of the other run
+            wanted = wanted[beside.order]
+            for slot in hidden:
+                slot.copy_(slot[beside.order])
         result = self.readout.read(
             hidden,
             top_k=self.spec.top_k,
-            wanted=self._wanted(spans).to(hidden.device),
+            wanted=wanted,
             ranks="rank" in self.spec.metrics,
             entropy="entropy" in self.spec.metrics,
             final=final,
+            n_pairs=0 if beside is None else len(beside.base),
         )
-        return result, [blocks.index(block) for block in self.spec.blocks]
+        if beside is not None:
+            result = result.reordered(beside.order.argsort())
+        return result, [blocks.index(block) for block in self.spec.blocks], pairs
+
+    def _beside_base(
+        self, result: ReadoutResult, slots: list[int], spans: Sequence[RowSpan], pairs: _Pairs | None
+    ) -> dict[str, np.ndarray]:
+        """What the second row's tokens are beside those of the first; NaN for one that only the second has."""
+        if pairs is None:
+            return {}
+        steered = next(span.place for span in spans if span.row == 1)
+        columns = (pairs.steered - steered.start).cpu().numpy()
+
+        def placed(values: torch.Tensor) -> np.ndarray:
+            array = np.full((len(slots), steered.stop - steered.start), np.nan, np.float32)
+            array[:, columns] = values[slots].cpu().numpy()
+            return array
+
+        found = self.readout.logprobs_of(result, pairs.base, result.top_ids[:, pairs.steered, 0])
+        arrays = {"base_logprob": placed(found)}
+        if result.kl_of_pairs is not None:
+            arrays["kl_from_base"] = placed(result.kl_of_pairs)
+        return arrays
 
     def _translate(self, lens: Lens, site: str, hidden: torch.Tensor, blocks: Sequence[int]) -> None:
         """Put translated streams in the place of captured ones, a block at a time so that only one is held twice."""
@@ -150,3 +183,33 @@ class LensReader:
             "target_logprobs": logprobs[..., 1:],
             "target_ranks": ranks[..., 1:],
         }
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Tokens that two rows have at the same positions."""
+
+    base: torch.Tensor
+    """int64 (n_pairs,): their places in the buffer, of the first row"""
+    steered: torch.Tensor
+    """of the second row"""
+    order: torch.Tensor
+    """int64 (n,): all places, the pairs' first, each one's two beside each other"""
+
+    @classmethod
+    def of(cls, spans: Sequence[RowSpan], device: torch.device) -> _Pairs | None:
+        """Those of the first two rows; None where there are none."""
+        by_row = {span.row: span for span in spans}
+        if not {0, 1} <= set(by_row):
+            return None
+        positions = [range(s.start, s.start + len(s.next_ids)) for s in (by_row[0], by_row[1])]
+        first, last = max(p.start for p in positions), min(p.stop for p in positions)
+        if first >= last:
+            return None
+        base, steered = (
+            torch.arange(first, last, device=device) + by_row[row].place.start - by_row[row].start for row in (0, 1)
+        )
+        paired = torch.stack([base, steered], 1).flatten()
+        others = torch.ones(sum(len(span.next_ids) for span in spans), dtype=torch.bool, device=device)
+        others[paired] = False
+        return cls(base, steered, torch.cat([paired, others.nonzero()[:, 0]]))

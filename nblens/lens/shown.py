@@ -33,7 +33,10 @@ class Shown:
         return page
 
     def plot(self, metric: str | None = None) -> Figure:
-        """The grids, on one scale, as a matplotlib figure; `metric` is "prob" (None), "entropy", "kl" or "rank"."""
+        """The grids, on one scale, as a matplotlib figure.
+
+        `metric` is "prob" (None), "entropy", "kl", "rank", or of a comparison "kl_from_base".
+        """
         return plots.trajectory_grid(self, metric=metric)
 
     def _repr_html_(self) -> str:

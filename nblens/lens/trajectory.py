@@ -57,9 +57,9 @@ class Trajectory(Cells, Shown):
         Parameters
         ----------
         long : bool
-            False: layer, position, token, top_token, top_prob, entropy, kl_to_final, next_logprob, next_rank, and
-            `logprob[TOKEN]` for each target. True: layer, position, token, rank (1 is the most likely), top_token,
-            top_prob.
+            False: layer, position, token, token_id, top_token, top_id, top_prob, entropy, kl_to_final, next_logprob,
+            next_rank, and `logprob[TOKEN]` for each target, or `logprob[TOKEN (id 5)]` where two have one text. True:
+            layer, position, token, token_id, rank (1 is the most likely), top_token, top_id, top_prob.
         """
         return as_frame(self, long=long)
 
@@ -71,13 +71,14 @@ class Trajectory(Cells, Shown):
             {"format": "nblens.trajectory_json", "version": 1, "model": …, "lens": "logit", "layers": [0, 1],
              "prompt_length": 6, "tokens": [
               {"position": 0, "token": "The", "id": 14,
-               "layers": {"0": {"block": [[" capital", 0.31], …]}, "1": {…}}},
+               "layers": {"0": {"block": [[" capital", 0.31], …]}, "1": {…}},
+               "ids": {"0": {"block": [233, …]}, "1": {…}}},
               …
             ]}
 
         Components are "block" for `resid_post`, "attn" for `attn_out`, "mlp" for `mlp_out`; other sites keep their
-        names. Probabilities are those over the full vocabulary, to seven digits. The shape is that of the tool of
-        arXiv 2604.06483.
+        names. Probabilities are those over the full vocabulary, to seven digits. `ids` says which tokens they are of,
+        since several may have one text. The shape of the rest is that of the tool of arXiv 2604.06483.
         """
         text = as_json({self.site: panel_of(self)})
         if path is not None:
@@ -123,7 +124,7 @@ class Trajectory(Cells, Shown):
         Raises
         ------
         UserError
-            The two were read at different layers or sites.
+            The two were read at different layers or sites, or are of different vocabularies.
         """
         return TrajectoryDiff.between(self, other)
 
@@ -175,34 +176,81 @@ class TrajectoryDiff(Shown):
     other: Trajectory
     top1_changed: np.ndarray
     """bool (n_layers, n_tokens)"""
+    base_logprob: np.ndarray | None = None
+    """float32 (n_layers, n_tokens), nats: of the token that `other` puts first, in `base`. None: of two runs apart,
+    where it is known only among the top k"""
+    kl_from_base: np.ndarray | None = None
+    """float32 (n_layers, n_tokens), nats: KL(base ‖ other) over the whole vocabulary. None: of two runs apart"""
 
     @classmethod
-    def between(cls, base: Trajectory, other: Trajectory) -> Self:
-        """Align the two on their longest common run of tokens from the start."""
+    def between(
+        cls,
+        base: Trajectory,
+        other: Trajectory,
+        base_logprob: np.ndarray | None = None,
+        kl_from_base: np.ndarray | None = None,
+    ) -> Self:
+        """Align the two on their longest common run of tokens from the start.
+
+        Parameters
+        ----------
+        base, other : Trajectory
+        base_logprob, kl_from_base : numpy.ndarray, optional
+            What was read while both ran, float32 (n_layers, n_tokens of `other`); see the fields of these names.
+        """
         if base.layers != other.layers or base.site != other.site:
             raise UserError(
                 f"cannot compare {base.site} at layers {format_layers(base.layers)} with "
                 f"{other.site} at layers {format_layers(other.layers)}"
             )
+        texts = other.vocabulary
+        if strange := [i for i, text in base.vocabulary.items() if texts.get(i, text) != text]:
+            one, same = base.token_text(strange[0]), other.token_text(strange[0])
+            raise UserError(
+                f"cannot compare {base.model} with {other.model}: token id {strange[0]} is {one!r} in one and {same!r} "
+                "in the other"
+            )
         length = min(base.n_tokens, other.n_tokens)
         differs = base.token_ids[:length] != other.token_ids[:length]
         length = int(np.argmax(differs)) if differs.any() else length
         base, other = base.truncated(length), other.truncated(length)
-        return cls(base, other, base.top_ids[..., 0] != other.top_ids[..., 0])
+        changed = base.top_ids[..., 0] != other.top_ids[..., 0]
+        beside = [None if array is None else array[:, :length] for array in (base_logprob, kl_from_base)]
+        return cls(base, other, changed, *beside)
 
     def metric(self, name: str) -> np.ndarray:
-        """Signed difference of a metric, (n_layers, n_tokens).
+        """Signed difference of a metric, or the KL between the two, (n_layers, n_tokens).
 
-        "prob" follows one token through both runs: the token that `other` puts first. It is the change of that
-        token's probability; where the token is not among the top k of `base`, its probability there counts as 0,
-        and the change shown is too large by at most `prob_uncertainty`.
+        Parameters
+        ----------
+        name : {"prob", "entropy", "kl", "rank", "kl_from_base"}
+            "prob" follows one token through both runs, the token that `other` puts first: it is the change of that
+            token's probability. In the difference of a `Comparison` it is exact. Of two runs apart, the token may not
+            be among the top k of `base`: its probability there then counts as 0, and the change shown is too large by
+            at most `prob_uncertainty`. "rank" is NaN where different tokens follow in the two, and where none does.
+            "kl" is the change of KL(block ‖ last block); "kl_from_base" is KL(base ‖ other) in nats over the whole
+            vocabulary, at the same block of both, which `Session.compare` alone reads.
+
+        Raises
+        ------
+        UserError
+            The metric is unknown, or was not read.
         """
+        if name == "kl_from_base":
+            if self.kl_from_base is None:
+                raise UserError(
+                    "KL between two runs is read while both run: session.compare(prompt, steer=...).diff has it, "
+                    'unless its metrics leave out "kl" or the model takes no two rows at once'
+                )
+            return self.kl_from_base
         if name == "prob":
-            base = np.where(self._same_token, np.exp(self.base.top_logprobs), 0.0).sum(-1)
+            listed = np.where(self._same_token, np.exp(self.base.top_logprobs), 0.0).sum(-1)
+            base = np.where(self._is_read, np.exp(self._read_logprob), listed)
             return np.asarray(np.exp(self.other.top_logprobs[..., 0]) - base)
         change: np.ndarray = self.other.metric(name).astype(np.float32) - self.base.metric(name)
         if name == "rank":
-            change[(self.base.next_rank < 1) | (self.other.next_rank < 1)] = np.nan
+            same_next = (self.base.next_ids == self.other.next_ids) & (self.base.next_ids >= 0)
+            change[(self.base.next_rank < 1) | (self.other.next_rank < 1) | ~same_next] = np.nan
         return change
 
     @property
@@ -219,7 +267,18 @@ class TrajectoryDiff(Shown):
         Elsewhere it is the probability of the last of `base`'s top k, which the token cannot exceed; a larger
         `top_k` makes it smaller.
         """
-        return np.where(self._same_token.any(-1), 0.0, np.exp(self.base.top_logprobs[..., -1]))
+        exact = self._same_token.any(-1) | self._is_read
+        return np.where(exact, 0.0, np.exp(self.base.top_logprobs[..., -1]))
+
+    @property
+    def _read_logprob(self) -> np.ndarray:
+        """`base_logprob`, NaN where there is none."""
+        return np.full(self.top1_changed.shape, np.nan) if self.base_logprob is None else self.base_logprob
+
+    @property
+    def _is_read(self) -> np.ndarray:
+        """Where what `other` puts first is known in `base` though it is not among its top k, bool."""
+        return np.asarray(~self._same_token.any(-1) & ~np.isnan(self._read_logprob))
 
     @property
     def _same_token(self) -> np.ndarray:
@@ -239,15 +298,14 @@ class TrajectoryDiff(Shown):
 
     def _panel(self, title: str, sides: tuple[GridPanel, GridPanel]) -> GridPanel:
         """The change in each cell, over the tokens of `other`; `sides` are both runs, which may go on from there."""
-        same_next = (self.base.next_ids == self.other.next_ids) & (self.base.next_ids >= 0)
-        metrics = []
-        for name in METRICS:
-            values = np.asarray(self.metric(name), dtype=float)
-            values = np.where(same_next, values, np.nan) if name == "rank" else values
-            metrics.append(Metric(name, values, Scale.difference(name)))
+        metrics = [Metric(name, np.asarray(self.metric(name), dtype=float), Scale.difference(name)) for name in METRICS]
+        if self.kl_from_base is not None:
+            name, apart = "kl_from_base", np.asarray(self.kl_from_base, dtype=float)
+            metrics.append(Metric(name, apart, Scale.magnitude(name)))
         return replace(
             panel_of(self.other, title),
             metrics=tuple(metrics),
+            base_logprob=self.base_logprob,
             marked=self.top1_changed,
             mark_means="token differs from base",
             sides=sides,
@@ -257,7 +315,9 @@ class TrajectoryDiff(Shown):
         return (self._panel("", (panel_of(self.base, "base"), panel_of(self.other, "other"))),)
 
     def _at_layers(self, layers: Any) -> Self:
-        return self.between(self.base._at_layers(layers), self.other._at_layers(layers))
+        rows = self.other._rows_of(layers)
+        beside = (None if array is None else array[rows] for array in (self.base_logprob, self.kl_from_base))
+        return self.between(self.base._at_layers(layers), self.other._at_layers(layers), *beside)
 
     def _followed_by(self, more: Self) -> Self:
         return self.between(self.base._followed_by(more.base), self.other._followed_by(more.other))

@@ -57,7 +57,7 @@ def _draw_panel(ax: Axes, attribution: Any, position: int, target: int, *, label
     ax.set_xticks(layers[:: -(-len(layers) // 16)])
     ax.set_ylabel("logit")
     embedding, logit = attribution.embedding[position, target], attribution.logits[position, target]
-    name = drawable(fit(visible(attribution.target_tokens[target]), 20))
+    name = drawable(attribution.target_name(target, lambda text: fit(visible(text), 20)))
     ax.set_title(name, loc="left", fontsize=8, **token_font())
     note = f"embedding {embedding:.1f} · logit {logit:.1f}".replace("-", "\N{MINUS SIGN}")
     ax.set_title(note, loc="right", fontsize=8, color="#666666")

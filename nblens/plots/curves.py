@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def token_curves(
     ----------
     trajectory : Trajectory
     tokens : sequence of str or int, optional
-        Texts or ids. None: the targets that the lens followed, else the last block's top tokens. A token that was
-        not a target is drawn only where it is among the top k.
+        Texts, each that of one token as it is, with its space; or ids. None: the targets that the lens followed, else
+        the last block's top tokens. A token that was not a target is drawn only where it is among the top k.
     position : int
         Token position; negative counts from the last.
     metric : {"prob", "rank"}
@@ -50,13 +51,13 @@ def token_curves(
     Raises
     ------
     UserError
-        A token that this trajectory does not hold, a position outside it, or an unknown metric.
+        A token that this trajectory does not hold, a text of several, a position outside it, or an unknown metric.
     """
     if metric not in ("prob", "rank"):
         raise UserError(f"metric {metric!r} cannot be drawn as curves; one of prob, rank")
     (panel,) = panels_of(trajectory)
-    if not -panel.n_tokens <= position < panel.n_tokens:
-        raise UserError(f"position {position} is outside this trajectory of {panel.n_tokens} tokens")
+    if not isinstance(position, Integral) or not -panel.n_tokens <= position < panel.n_tokens:
+        raise UserError(f"position {position!r} is outside this trajectory of {panel.n_tokens} tokens")
     figure = new_figure(6.4, 3.6)
     ax = figure.subplots()
     ends = []
@@ -66,7 +67,7 @@ def token_curves(
         ax.plot(panel.layers, values, color=color, marker="o", markersize=3, linewidth=1.5)
         seen = np.flatnonzero(np.isfinite(values))
         if len(seen):
-            ends.append((values[seen[-1]], visible(panel.token_text(token_id)), color))
+            ends.append((values[seen[-1]], panel.token_name(token_id, _short), color))
     if metric == "prob":
         ax.set(ylim=(-0.03, 1.03), ylabel="probability")
     else:
@@ -144,17 +145,26 @@ def _token_ids(panel: GridPanel, tokens: Sequence[str | int] | None, position: i
         followed = np.isfinite(panel.target_logprobs[:, position]).all(0)
         ids = panel.target_ids[followed] if followed.any() else panel.top_ids[-1, position]
         return [int(token_id) for token_id in ids]
-    by_text: dict[str, int] = {}
-    for token_id, text in panel.vocabulary.items():
-        by_text.setdefault(text, token_id)
-        by_text.setdefault(text.strip(), token_id)
-    found = []
-    for token in tokens:
-        chosen = by_text.get(token) if isinstance(token, str) else int(token)
-        if chosen is None or chosen not in panel.vocabulary:
-            raise UserError(f"token {token!r} does not occur in this trajectory; ask the lens for it with targets=")
-        found.append(chosen)
-    return found
+    return [_token_id(panel, token) for token in ([tokens] if isinstance(tokens, str) else tokens)]
+
+
+def _token_id(panel: GridPanel, token: str | int) -> int:
+    """The one token of an id or a text."""
+    if not isinstance(token, str):
+        found = [int(token)] if isinstance(token, Integral) and int(token) in panel.vocabulary else []
+    else:
+        found = [token_id for token_id, text in panel.vocabulary.items() if text == token]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(f"token {token!r} is several here, of ids {', '.join(map(str, sorted(found)))}; give an id")
+    alike = isinstance(token, str) and next((text for text in panel.vocabulary.values() if text.strip() == token), None)
+    hint = f"{alike!r} does, which is another" if alike else "ask the lens for it with targets="
+    raise UserError(f"token {token!r} does not occur in this trajectory; {hint}")
+
+
+def _short(token: str) -> str:
+    return fit(visible(token), 16)
 
 
 def _over_depth(panel: GridPanel, token_id: int, position: int, metric: str) -> np.ndarray:

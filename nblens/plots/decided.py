@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,8 +68,8 @@ def _blocks(panels: list[GridPanel], against: str, position: int | None) -> np.n
     found = []
     for panel in panels:
         n_tokens = panel.n_tokens
-        if position is not None and not -n_tokens <= position < n_tokens:
-            raise UserError(f"position {position} is outside a trajectory of {n_tokens} tokens")
+        if position is not None and not (isinstance(position, Integral) and -n_tokens <= position < n_tokens):
+            raise UserError(f"position {position!r} is outside a trajectory of {n_tokens} tokens")
         looked_at = slice(None) if position is None else [position]
         blocks, following = panel.decided_at(against)[looked_at], panel.next_ids[looked_at]
         found.append(blocks[following >= 0] if against == "next" else blocks)

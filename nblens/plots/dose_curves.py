@@ -30,8 +30,8 @@ def dose_response(report: Any) -> Figure:
     """Propensity over the coefficient and, where side effects were measured, what it costs beside it.
 
     Left: a thin line per sample, their mean in a band of its 95% bootstrap interval, the mean of samples out of
-    distribution dashed, and in grey the slopes of the middle 98% of random directions through the mean at λ = 0,
-    where coefficients on both sides of 0, or 0 itself, were measured.
+    distribution dashed, and in grey the slopes of random directions through the mean at λ = 0, of more than 100 the
+    middle 98 % and of fewer all, where coefficients on both sides of 0, or 0 itself, were measured.
     Dotted lines are the ends of the range that slopes are taken over, where it is not all of it. Right: KL on neutral
     text, mean and 95th percentile; beyond the coefficients that stay within the budget the ground is red.
 
@@ -155,10 +155,11 @@ def _draw_propensity(ax: Axes, report: Any) -> None:
 
 
 def _draw_fan(ax: Axes, x: np.ndarray, mean: np.ndarray, slopes: np.ndarray) -> float:
-    """Lines of the middle 98% of slopes through the mean at λ = 0, as an area; where their median ends."""
+    """Lines of slopes through the mean at λ = 0, as an area: the middle 98 %, of few all; where their median ends."""
     middle = float(np.interp(0, x, mean))
     x = np.union1d(x, 0.0)  # the fan's waist is there whether 0 was measured or not
-    edges = middle + np.multiply.outer(np.percentile(slopes, (1, 99)), x)
+    reach = np.percentile(slopes, 1, method="lower"), np.percentile(slopes, 99, method="higher")
+    edges = middle + np.multiply.outer(reach, x)
     ax.fill_between(x, edges.min(axis=0), edges.max(axis=0), color=_PALE, linewidth=0, zorder=1.5)
     return middle + float(x[-1] * np.median(slopes))
 

@@ -11,7 +11,7 @@ from nblens.colors import Scale, ink
 from nblens.errors import UserError
 from nblens.plots.canvas import SMALL, drawable, new_figure, origin, token_font, write_title
 from nblens.text import display_width, fit, visible
-from nblens.views.panels import GridPanel, Metric, panels_of
+from nblens.views.panels import GridPanel, Metric, panels_of, with_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,25 +33,25 @@ def trajectory_grid(obj: Any, metric: str | None = None) -> Figure:
     obj : Trajectory, TrajectoryDiff, Comparison, or list or dict of these
         A comparison becomes three grids: base, steered and their difference, which share one scale. A dict, such
         as the trajectories of several sites, becomes a grid for each on one scale.
-    metric : {"prob", "entropy", "kl", "rank"}, optional
-        None: the first that there is.
+    metric : {"prob", "entropy", "kl", "rank", "kl_from_base"}, optional
+        None: the first that there is. The last is one of a comparison's difference, which then is drawn alone.
 
     Raises
     ------
     UserError
         The metric is unknown, or there is no token.
     """
-    panels = panels_of(obj)
+    drawn = with_metric(panels_of(obj), metric)
+    panels = [panel for panel, _ in drawn]
     n_tokens = max((panel.n_tokens for panel in panels), default=0)
     if n_tokens == 0:
         raise UserError("there is no token to draw")
-    metrics = [panel.metric(metric) for panel in panels]
     height = sum(1.1 + 0.2 * panel.n_layers for panel in panels)
     width = 1.6 + n_tokens * (0.55 if n_tokens <= _TEXT_COLUMNS else 0.06)
     figure = new_figure(min(max(width, 4.0), 36.0), height)
     ratios = [panel.n_layers for panel in panels]
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=ratios)[:, 0]
-    for ax, panel, shown in zip(axes, panels, metrics, strict=True):
+    for ax, (panel, shown) in zip(axes, drawn, strict=True):
         _draw_grid(figure, ax, panel, shown)
     return figure
 

@@ -5,7 +5,8 @@ maximum over the columns seen so far,
 
     total = Σ e^(z−m)      spread = Σ e^(z−m)·(z−m)      cross = Σ e^(z−m)·(z_f−m_f)
 
-where z_f are the last block's logits and m_f their running maximum. A tile is worked on in place: a temporary of its
+where z_f are the last block's logits and m_f their running maximum; for the KL between two rows, z_f are those of the
+other row. A tile is worked on in place: a temporary of its
 size would cost more than the arithmetic.
 """
 
@@ -19,7 +20,7 @@ __all__ = ["OnlineSoftmax", "top_of_rows"]
 
 # Stands for −inf in sums of p·log q: it makes 0·(−inf) a 0, and anything else so large that it is seen as infinite
 _FLOOR = -1e30
-_SCALARS = ("max", "total", "spread", "cross")
+_SCALARS = ("max", "total", "spread", "cross", "apart")
 _GROUP = 64  # columns whose maximum is looked at before the columns themselves
 
 
@@ -40,6 +41,8 @@ class OnlineSoftmax:
         Compute the entropy too.
     final : int, optional
         Slot of the last block: compute KL(slot ‖ last block).
+    n_pairs : int
+        Of the first rows, compute KL(row ‖ next row) of every second one, so many: 0 and 1, 2 and 3, …
     first : int
         The column that the first tile begins with.
     """
@@ -53,9 +56,11 @@ class OnlineSoftmax:
         thresholds: torch.Tensor | None = None,
         entropy: bool = False,
         final: int | None = None,
+        n_pairs: int = 0,
         first: int = 0,
     ) -> None:
         self._first = first
+        self._n_paired = 2 * n_pairs
         self._top_k, self._wanted, self._thresholds = top_k, wanted, thresholds
         self._entropy, self._final = entropy, final
         rows, many = (n_slots, len(wanted)), (n_slots, *wanted.shape)
@@ -67,6 +72,7 @@ class OnlineSoftmax:
         self._total = filled(rows, 0)
         self._spread = filled(rows, 0)
         self._cross = filled(rows, 0)
+        self._apart = filled(rows, 0)  # as `_cross`, with the next row in the place of the last block
         self._final_shrink = filled(rows[1:], 0)
         self._top_values = filled((*rows, top_k), -torch.inf)
         self._top_ids = filled((*rows, top_k), 0, torch.long)
@@ -76,7 +82,7 @@ class OnlineSoftmax:
     @property
     def needs_scratch(self) -> bool:
         """Whether sums beside the log-sum-exp are asked for."""
-        return self._entropy or self._final is not None
+        return self._entropy or self._final is not None or self._n_paired > 0
 
     def update(
         self,
@@ -93,7 +99,7 @@ class OnlineSoftmax:
         Parameters
         ----------
         slots, rows : slice
-            What the tile is of. Of every tile, the last block comes first.
+            What the tile is of. Of every tile, the last block comes first; both rows of a pair come at once.
         tile : torch.Tensor
             float32 (slots, rows, columns); **overwritten**: the running maximum is taken off.
         scratch : torch.Tensor, optional
@@ -126,6 +132,8 @@ class OnlineSoftmax:
         scale = shrink.exp()
         weights = torch.exp(shifted.clamp_(min=_FLOOR), out=scratch)
         before = self._total[place]
+        if self._n_paired:
+            self._update_pairs(place, shifted, shrink, weights)
         total = before * scale + weights.sum(-1)
         spread = (self._spread[place] + before * shrink) * scale
         if final_tile is None:
@@ -136,6 +144,19 @@ class OnlineSoftmax:
             self._spread[place] = spread + shifted.mul_(weights).sum(-1)
             self._cross[place] = cross + weights.mul_(final_tile).sum(-1)
         self._total[place] = total
+
+    def _update_pairs(
+        self, place: tuple[slice, slice], shifted: torch.Tensor, shrink: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        slots, rows = place
+        paired = min(rows.stop, self._n_paired) - rows.start
+        if paired <= 0:
+            return
+        one, other = slice(0, paired, 2), slice(1, paired, 2)
+        before = self._total[place][:, one] * shrink[:, other]
+        new = (weights[:, one] * shifted[:, other]).sum(-1)
+        at = (slots, slice(rows.start, rows.start + paired, 2))
+        self._apart[at] = (self._apart[at] + before) * shrink[:, one].exp() + new
 
     def _update_top(self, place: tuple[slice, slice], tile: torch.Tensor, start: int) -> None:
         seen = start - self._first
@@ -184,6 +205,9 @@ class OnlineSoftmax:
         if self._final is not None:
             crosses = torch.stack([part["cross"] for part in parts])
             self._cross = ((crosses + totals * shrinks[:, self._final, None]) * scales).sum(0)
+        if self._n_paired:
+            aparts = torch.stack([part["apart"] for part in parts])
+            self._apart = ((aparts + totals * shrinks.roll(-1, -1)) * scales).sum(0)  # of every second row
         values, order = torch.cat([part["top_values"] for part in parts], -1).topk(top_k, dim=-1)
         ids = torch.cat([part["top_ids"] for part in parts], -1)
         self._top_k, self._top_values, self._top_ids = top_k, values, ids.gather(-1, order).long()
@@ -201,6 +225,8 @@ class OnlineSoftmax:
             columns.append(self._spread[..., None])
         if self._final is not None:
             columns.append(self._cross[..., None])
+        if self._n_paired:
+            columns.append(self._apart[..., None])
         if self._thresholds is not None:
             columns.append(self._above.int().view(torch.float32))
         return torch.cat(columns, -1)
@@ -225,6 +251,8 @@ class OnlineSoftmax:
             widths["spread"] = 1
         if self._final is not None:
             widths["cross"] = 1
+        if self._n_paired:
+            widths["apart"] = 1
         if self._thresholds is not None:
             widths["above"] = n_wanted
         return widths
@@ -253,15 +281,30 @@ class OnlineSoftmax:
         if self._final is None:
             return None
         log_total = self._total.log()
-        kl = (self._spread - self._cross) / self._total - log_total + log_total[self._final]
-        kl = kl.clamp_(min=0)  # rounding may leave −1e-7
+        kl = _divergence((self._spread - self._cross) / self._total - log_total + log_total[self._final])
         kl[self._final] = 0.0
-        return kl.masked_fill_(kl > -_FLOOR / 1e10, torch.inf)
+        return kl
+
+    @property
+    def kl_of_pairs(self) -> torch.Tensor | None:
+        """KL(first row ‖ second row) of each pair, nats, (n_slots, n_pairs)."""
+        if not self._n_paired:
+            return None
+        one, other = slice(0, self._n_paired, 2), slice(1, self._n_paired, 2)
+        total = self._total[:, one]
+        cross_entropy = (self._spread[:, one] - self._apart[:, one]) / total
+        return _divergence(cross_entropy - total.log() + self._total[:, other].log())
 
     @property
     def normaliser(self) -> torch.Tensor:
         """Log-sum-exp of the logits, (n_slots, n)."""
         return self._max + self._total.log()
+
+
+def _divergence(kl: torch.Tensor) -> torch.Tensor:
+    """A KL without what rounding and the floor leave: −1e-7, and numbers that stand for infinity."""
+    kl = kl.clamp_(min=0)
+    return kl.masked_fill_(kl > -_FLOOR / 1e10, torch.inf)
 
 
 def top_of_rows(tile: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ length. Where the lm_head is cut along the vocabulary, each rank walks its own r
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class ReadoutResult:
     """(n_slots, n), nats"""
     kl_to_final: torch.Tensor | None
     """(n_slots, n), nats"""
+    kl_of_pairs: torch.Tensor | None
+    """(n_slots, n_pairs), nats"""
     wanted_logprobs: torch.Tensor
     """(n_slots, n, n_wanted), nats"""
     wanted_ranks: torch.Tensor
@@ -51,6 +53,14 @@ class ReadoutResult:
     """(n_slots, n): log-sum-exp of the logits"""
     kernels: FusedReadout | None
     """what read it; None: by tiles"""
+
+    def reordered(self, order: torch.Tensor) -> ReadoutResult:
+        """The same with row `order[i]` in the place of row i; `normed` is changed itself, a slot at a time."""
+        for slot in self.normed:
+            slot.copy_(slot[order])
+        rows = ("top_ids", "top_logprobs", "entropy", "kl_to_final", "wanted_logprobs", "wanted_ranks", "normaliser")
+        values = {name: getattr(self, name) for name in rows}
+        return replace(self, **{name: value[:, order] for name, value in values.items() if value is not None})
 
 
 class Readout:
@@ -146,6 +156,7 @@ class Readout:
         ranks: bool = True,
         entropy: bool = False,
         final: int | None = None,
+        n_pairs: int = 0,
     ) -> ReadoutResult:
         """Read residuals out.
 
@@ -161,14 +172,17 @@ class Readout:
             Compute the wanted ids' ranks, and the entropy, too.
         final : int, optional
             Slot that holds the last block: compute KL(slot ‖ last block) of every slot.
+        n_pairs : int
+            Compute KL(row ‖ next row) of so many pairs of rows: 0 and 1, 2 and 3, … By tiles alone.
         """
         normed = self._normalise(hidden)
         if wanted is None:
             wanted = torch.empty((normed.shape[1], 0), dtype=torch.long, device=normed.device)
-        result = self._walk(normed, top_k, wanted, ranks=ranks, entropy=entropy, final=final)
+        asked: dict[str, Any] = {"ranks": ranks, "entropy": entropy, "final": final, "n_pairs": n_pairs}
+        result = self._walk(normed, top_k, wanted, **asked)
         if normed.dtype == torch.float16 and self._head.sliceable and not result.normaliser.isfinite().all():
             # a logit beyond 65504 was inf
-            result = self._walk(normed.float(), top_k, wanted, ranks=ranks, entropy=entropy, final=final)
+            result = self._walk(normed.float(), top_k, wanted, **asked)
         return result
 
     def _walk(
@@ -180,13 +194,14 @@ class Readout:
         ranks: bool,
         entropy: bool,
         final: int | None,
+        n_pairs: int,
     ) -> ReadoutResult:
         """Walk the vocabulary; products are taken in the dtype of `normed`."""
         n_slots, vocab_size = len(normed), self._architecture.vocab_size
         counted = ranks and wanted.numel() > 0
         columns_here = self._head.columns
         top_k_here = min(top_k, len(columns_here))
-        kernels = self._kernels(normed, top_k_here, wanted.shape[1] if counted else 0, final)
+        kernels = self._kernels(normed, top_k_here, wanted.shape[1] if counted else 0, final) if not n_pairs else None
         thresholds = self._head.pick(normed, wanted.clamp(min=0), kernels) if counted else None
         stats = OnlineSoftmax(
             n_slots,
@@ -195,6 +210,7 @@ class Readout:
             thresholds=thresholds,
             entropy=entropy,
             final=final,
+            n_pairs=n_pairs,
             first=columns_here.start,
         )
         if kernels is not None:
@@ -217,6 +233,7 @@ class Readout:
             top_logprobs=top_logprobs,
             entropy=stats.entropy,
             kl_to_final=stats.kl_to_final,
+            kl_of_pairs=stats.kl_of_pairs,
             wanted_logprobs=wanted_logprobs,
             wanted_ranks=wanted_ranks,
             normed=normed,
@@ -240,6 +257,23 @@ class Readout:
         """
         logits = self._head.pick(result.normed, ids.clamp(min=0), result.kernels)
         return (logits - result.normaliser[..., None]).masked_fill((ids < 0).expand(logits.shape), torch.nan)
+
+    @torch.no_grad()
+    def logprobs_of(self, result: ReadoutResult, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of an id at each place and row of some rows, float32 (n_slots, m), nats.
+
+        Parameters
+        ----------
+        rows : torch.Tensor
+            int64 (m,): of what was read.
+        ids : torch.Tensor
+            int64 (n_slots, m).
+        """
+        slots = [  # one at a time: the ids of all would be many columns for each of them
+            self._head.pick(normed[None, rows], own[:, None], result.kernels)[0, :, 0]
+            for normed, own in zip(result.normed, ids, strict=True)
+        ]
+        return torch.stack(slots) - result.normaliser[:, rows]
 
     def _kernels(self, normed: torch.Tensor, top_k: int, n_counted: int, final: int | None) -> FusedReadout | None:
         """Make what reads such a request in one kernel; None: to be read by tiles."""
@@ -278,7 +312,8 @@ class _Tiles:
     def read(self, start: int, stop: int) -> None:
         """Take in vocabulary entries start … stop-1 of every slot and row."""
         columns = stop - start
-        for rows in _spans(range(self._normed.shape[1]), max(1, self._tile_elements // columns)):
+        even = 2 * max(1, self._tile_elements // columns // 2)  # both rows of a pair lie in one tile
+        for rows in _spans(range(self._normed.shape[1]), even):
             n_rows = rows.stop - rows.start
             final_tile = None
             if self._final is not None:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ _LAYOUTS = (
     ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
 )
 _KINDS = (".jsonl", ".json", ".csv")
+_MOST_ROWS = 1_000_000
 _LETTER = re.compile(r"\s*\(?([A-Z])\)?[.:]?\s*")
 
 
@@ -56,11 +58,13 @@ def as_pairs(source: Any) -> list[Pair]:
 
     Parameters
     ----------
-    source : iterable, pandas.DataFrame, str or os.PathLike
+    source : iterable, data frame, str or os.PathLike
         (positive, negative) texts or token ids; `Sample` values, or anything with attributes `prompt`, `positive` and
         `negative`; dicts or a data frame with columns of these names, `prompt` may be missing; dicts or columns
         `question`, `answer_matching_behavior`, `answer_not_matching_behavior`; or the path of a .jsonl, .json or .csv
-        file of these.
+        file of these. A data frame is one of pandas, polars or pyarrow, a split of datasets, or anything else whose
+        rows come as dicts from `to_dict("records")`, `to_dicts()`, `to_pylist()`, by iteration, or by the data frame
+        interchange protocol.
 
     Raises
     ------
@@ -146,16 +150,54 @@ def _letter(number: int, answer: str) -> str:
 def _rows(source: Any, what: str) -> Iterator[tuple[str, Any]]:
     """Each row, and what it is called in an error."""
     if isinstance(source, (str, os.PathLike)):
-        yield from _file_rows(Path(source).expanduser())
-    elif hasattr(source, "columns") and hasattr(source, "to_dict"):
-        _layout(list(source.columns), "a data frame")
-        for number, row in enumerate(source.to_dict("records"), 1):
-            yield f"row {number}", row
+        yield from _file_rows(Path(os.path.expanduser(source)))
+        return
+    names, rows = _frame(source)
+    if rows is not None:
+        _layout(names, "a data frame")
+        what = "row"
     elif isinstance(source, (Mapping, Sample)) or not isinstance(source, Iterable):
-        raise UserError(f"give a list of {what}s, or the path of a file; got {type(source).__name__}")
+        raise UserError(f"give a list of {what}s, or the path of a file; got {type(source).__name__}{_hint(source)}")
     else:
-        for number, row in enumerate(source, 1):
-            yield f"{what} {number}", row
+        rows = source
+    for number, row in enumerate(rows, 1):
+        if number > _MOST_ROWS:
+            raise UserError(f"there are more than {_MOST_ROWS:,} {what}s; give a list that ends, and fewer")
+        yield f"{what} {number}", row
+
+
+def _frame(source: Any) -> tuple[list[Any], Iterable[Any] | None]:
+    """Names of a data frame's columns, and its rows as dicts; None where it is none."""
+    if isinstance(source, (Mapping, type)):
+        return [], None
+    # pandas' rows last: a polars or pyarrow table has a `to_dict` or `columns` of other kinds
+    for method in ("to_dicts", "to_pylist"):
+        if hasattr(source, method) and (names := _column_names(source)) is not None:
+            return names, getattr(source, method)()
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        return list(source.columns), source.to_dict("records")
+    if hasattr(source, "__dataframe__"):
+        from pandas.api.interchange import from_dataframe
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pandas says that the protocol grows old; it is what this source has
+            return _frame(from_dataframe(source))
+    return [], None
+
+
+def _column_names(source: Any) -> list[Any] | None:
+    names = getattr(source, "column_names", None)
+    names = getattr(source, "columns", None) if names is None else names
+    return None if names is None else list(names)
+
+
+def _hint(source: Any) -> str:
+    """What to do with a data frame that is not there yet, and with several at once."""
+    if hasattr(source, "collect"):
+        return "; call its collect()"
+    if isinstance(source, Mapping) and any(hasattr(value, "column_names") for value in source.values()):
+        return f"; give one of its splits: {_short(list(source))}"
+    return ""
 
 
 def _pair(place: str, row: Any) -> Pair:

@@ -12,7 +12,16 @@ from scipy import stats
 
 from nblens.errors import UserError
 
-__all__ = ["CoefficientRange", "DoseResponse", "SideEffects", "distinct_ngrams", "near_zero", "percentile_among"]
+__all__ = [
+    "CoefficientRange",
+    "DoseResponse",
+    "SideEffects",
+    "above_controls",
+    "distinct_ngrams",
+    "n_below",
+    "near_zero",
+    "percentile_among",
+]
 
 _SAME = 1 + 1e-9  # −0.3 and 0.30000000000000004 are equally far from 0
 _BATCH = 2_000_000  # numbers resampled at a time
@@ -250,8 +259,22 @@ def distinct_ngrams(token_ids: Sequence[int], n: int) -> float:
 
 
 def percentile_among(slope: float, slopes: np.ndarray) -> float:
-    """Percentage of slopes below one, equal ones counted half, 0 to 100."""
-    return float(stats.percentileofscore(slopes, slope, kind="mean"))
+    """Percentile of a slope among controls: how many of n are below it, equal ones counted half, over n + 1.
+
+    By chance alone, where a slope is one of its controls' kind, it is above all n of them once in n + 1 times: above
+    all of 12 is the 92nd percentile, and the 99th needs 99 of them.
+    """
+    return float(100 * (n_below(slope, slopes) + 0.5 * (slopes == slope).sum()) / (len(slopes) + 1))
+
+
+def n_below(slope: float, slopes: np.ndarray) -> int:
+    """Count the slopes below one."""
+    return int((slopes < slope).sum())
+
+
+def above_controls(slope: float, slopes: np.ndarray) -> bool:
+    """Tell whether a slope is above 99 of 100 controls; of fewer than 100, above all."""
+    return n_below(slope, slopes) >= 0.99 * len(slopes)
 
 
 def near_zero(slopes: np.ndarray) -> bool | None:
@@ -263,7 +286,10 @@ def near_zero(slopes: np.ndarray) -> bool | None:
 
 def _coefficients(given: Any) -> np.ndarray:
     """One copy of the coefficients in the order given; all finite, none twice."""
-    coefficients = np.array(given, dtype=np.float64) + 0.0  # −0 is 0
+    try:
+        coefficients = np.array(given, dtype=np.float64) + 0.0  # −0 is 0
+    except (TypeError, ValueError):
+        raise UserError(f"coefficients must be a list of finite numbers, got {given!r:.80}") from None
     if coefficients.ndim != 1 or not np.isfinite(coefficients).all():
         raise UserError(f"coefficients must be a list of finite numbers, got {coefficients.tolist()}")
     distinct, counts = np.unique(coefficients, return_counts=True)

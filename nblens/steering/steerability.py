@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from nblens.errors import UserError
-from nblens.steering.statistics import CoefficientRange, DoseResponse, SideEffects, near_zero, percentile_among
+from nblens.steering.statistics import (
+    CoefficientRange,
+    DoseResponse,
+    SideEffects,
+    above_controls,
+    near_zero,
+    percentile_among,
+)
 
 __all__ = ["Steerability"]
 
@@ -101,17 +108,24 @@ class Steerability:
 
     @property
     def random_percentile(self) -> float | None:
-        """Percentage of random directions whose mean slope is below the vector's, 0 to 100."""
+        """Percentile of the mean slope among those of random directions, 0 to 100: see `percentile_among`.
+
+        Of n directions it is at most 100 n / (n + 1), where the vector's slope is above all.
+        """
         return None if self.random_slopes is None else percentile_among(self.fitted.mean_slope, self.random_slopes)
 
     @property
     def above_random(self) -> bool | None:
-        """True where the mean slope is above the 99th percentile of those of random directions."""
+        """True where the mean slope is above those of 99 % of the random directions, of fewer than 100 above all.
+
+        How much that says depends on their number: a direction of their own kind would be above all n of them once in
+        n + 1 times, so that it takes 99 to be surprised at 1 %.
+        """
         return self._above(self.random_slopes)
 
     @property
     def above_shuffled(self) -> bool | None:
-        """True where it is above the 99th percentile of those of vectors made from shuffled labels."""
+        """True where it is above those of vectors made from shuffled labels, as for `above_random`."""
         return self._above(self.shuffled_slopes)
 
     @property
@@ -135,7 +149,7 @@ class Steerability:
         return response if self.linear_limit is None else response.within(self.linear_limit)
 
     def _above(self, slopes: np.ndarray | None) -> bool | None:
-        return None if slopes is None else bool(self.fitted.mean_slope > np.percentile(slopes, 99))
+        return None if slopes is None else above_controls(self.fitted.mean_slope, slopes)
 
 
 def _control(name: str, given: Any) -> np.ndarray | None:

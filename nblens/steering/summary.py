@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nblens.layers import format_layers
-from nblens.steering.statistics import DoseResponse
+from nblens.steering.statistics import DoseResponse, n_below
 from nblens.steering.steerability import Steerability
 from nblens.text import percent, plain, short_number
 
@@ -64,7 +64,8 @@ def _controls(report: Steerability) -> Rows:
         ("random directions", report.random_slopes, report.random_near_zero, report.above_random),
         ("shuffled labels", report.shuffled_slopes, report.shuffled_near_zero, report.above_shuffled),
     )
-    return [(label, _control(slopes, *found)) for label, slopes, *found in controls if slopes is not None]
+    slope = report.fitted.mean_slope
+    return [(label, _control(slope, slopes, *found)) for label, slopes, *found in controls if slopes is not None]
 
 
 def _costs(report: Steerability) -> Rows:
@@ -116,10 +117,13 @@ def _label(report: Steerability, label: str) -> str:
     return f"{label} {short_number(report.by_label[label])}" + (f" ({percent(share)} of samples)" if share else "")
 
 
-def _control(slopes: np.ndarray, near_zero: bool | None, above: bool | None) -> str:
+def _control(slope: float, slopes: np.ndarray, near_zero: bool | None, above: bool | None) -> str:
     about = {True: " (0 within 2 standard errors)", False: " (NOT 0 within 2 standard errors)", None: ""}[near_zero]
-    mean, top = short_number(float(slopes.mean())), short_number(float(np.percentile(slopes, 99)))
-    return f"{len(slopes)}: mean {mean}{about}, 99th percentile {top} → {'above' if above else 'NOT above'}"
+    mean, low, high = (short_number(float(value)) for value in (slopes.mean(), slopes.min(), slopes.max()))
+    n, below = len(slopes), n_below(slope, slopes)
+    beaten = f"above all {n}" if below == n else f"above {below} of {n}"
+    chance = f"by chance {n + 1 - below} in {n + 1}"
+    return f"{n}: mean {mean}{about}, {low} to {high} → {'' if above else 'NOT ABOVE: '}{beaten} ({chance})"
 
 
 def _pair(one: float, other: float) -> str:

@@ -17,6 +17,8 @@ __all__ = ["Steering", "VectorStore", "check_name", "check_op"]
 Steering = Mapping[str, float] | Iterable[Steer] | None
 """None: the live setting; a dict of name → coefficient; or `Steer` values."""
 
+_MOST = 10_000  # of these
+
 
 class VectorStore(MutableMapping[str, SteeringVector]):
     """The steering vectors of a session, by name; only those that fit its model.
@@ -65,11 +67,14 @@ class VectorStore(MutableMapping[str, SteeringVector]):
         """Read a setting: unknown names and coefficients that are not finite are refused."""
         if isinstance(steer, Mapping):
             return [self.usual(name, coefficient) for name, coefficient in steer.items()]
-        steers = list(steer)
-        for item in steers:
+        steers = []
+        for item in steer if isinstance(steer, Iterable) else [steer]:
             if not isinstance(item, Steer):
                 raise UserError(f"steer takes {{name: coefficient}} or nblens.Steer values, got {item!r}")
             self[item.name]
+            steers.append(item)
+            if len(steers) > _MOST:
+                raise UserError(f"steer must be a list that ends; {steer!r:.80} has more than {_MOST:,} values")
         return steers
 
     def write(self, steer: Steer, coefficients: tuple[float | None, ...], *, has_labels: bool = False) -> SteeringWrite:

@@ -21,7 +21,7 @@ import numpy as np
 
 from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, ink
 from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible
-from nblens.views.panels import GridPanel, Metric, panels_of
+from nblens.views.panels import GridPanel, Metric, panels_of, with_metric
 
 __all__ = ["MAX_CELLS", "render_fragment", "render_page", "render_texts"]
 
@@ -43,7 +43,8 @@ def render_fragment(obj: Any, *, metric: str | None = None) -> str:
     ----------
     obj : Trajectory, TrajectoryDiff, Comparison, SiteTrajectories or another whose panels can be told
     metric : str, optional
-        What colours the cells, such as "entropy"; None: the first metric of each panel.
+        What colours the cells, such as "entropy"; None: the first metric of each panel. Panels that have no such metric
+        are left out.
 
     Raises
     ------
@@ -55,10 +56,10 @@ def render_fragment(obj: Any, *, metric: str | None = None) -> str:
 
 def _fragment(panels: Sequence[GridPanel], metric: str | None) -> str:
     widths = _column_widths(panels)
-    metrics = [panel.metric(metric) for panel in panels]
+    drawn = with_metric(panels, metric)
     texts = [_texts(panel.sides) for panel in panels if any(side.text for side in panel.sides)]
-    tables = [_table(panel, shown, widths) for panel, shown in zip(panels, metrics, strict=True)]
-    return _document([shown.scale for shown in metrics], texts + tables)
+    tables = [_table(panel, shown, widths) for panel, shown in drawn]
+    return _document([shown.scale for _, shown in drawn], texts + tables)
 
 
 def render_page(obj: Any, *, metric: str | None = None, name: str = "") -> str:
@@ -188,7 +189,8 @@ def _describe_change(panel: GridPanel, metric: Metric) -> _Describe:
     def describe(row: int, column: int) -> list[str]:
         value = float(metric.values[row, column])
         lines = [f"{name} " + " ".join(ranked(row, column, 2)) for name, ranked in sides]
-        change = f"Δ{metric.name}{_THIN}{'+' * (value > 0)}{short_number(value)}"
+        signed = metric.scale.signed
+        change = f"{'Δ' * signed}{metric.name}{_THIN}{'+' * (signed and value > 0)}{short_number(value)}"
         return lines if np.isnan(value) else [*lines, change]
 
     return describe
@@ -201,7 +203,7 @@ class _Ranked:
         self.ids = panel.top_ids
         self.probabilities = np.exp(panel.top_logprobs)
         used = np.unique(self.ids).tolist()
-        self.texts = {i: _tooltip_text(panel.token_text(i)) + _THIN for i in used}
+        self.texts = {i: escape(panel.token_name(i, _fitted)) + _THIN for i in used}
 
     def __call__(self, row: int, column: int, k: int) -> list[str]:
         ids, probabilities = self.ids[row, column, :k].tolist(), self.probabilities[row, column, :k].tolist()
@@ -251,7 +253,11 @@ def _cell_text(token: str) -> str:
 
 
 def _tooltip_text(token: str) -> str:
-    return escape(fit(visible(token), _TOOLTIP_COLUMNS))
+    return escape(_fitted(token))
+
+
+def _fitted(token: str) -> str:
+    return fit(visible(token), _TOOLTIP_COLUMNS)
 
 
 def _texts(sides: Sequence[GridPanel]) -> str:

@@ -10,8 +10,10 @@ metric has one scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy as np
 from nblens.colors import Scale
 from nblens.errors import UserError
 
-__all__ = ["AGAINST", "GridPanel", "Metric", "TokenGrid", "panels_of"]
+__all__ = ["AGAINST", "GridPanel", "Metric", "TokenGrid", "name_of", "panels_of", "shared_texts", "with_metric"]
 
 AGAINST = ("final", "next", "target")
 """Which top token counts as right: the last block's, the one that actually follows, or the first target."""
@@ -68,6 +70,15 @@ class TokenGrid:
     def token_text(self, token_id: int) -> str:
         """Text of a token id that occurs here; `⟨id⟩` for one that does not."""
         return self.vocabulary.get(int(token_id), f"⟨{int(token_id)}⟩")
+
+    def token_name(self, token_id: int, write: Callable[[str], str] = str) -> str:
+        """Its text as `write` writes it, with its id where another token that occurs here has the same text."""
+        return name_of(int(token_id), self.token_text(token_id), self._shared_texts, write)
+
+    @cached_property
+    def _shared_texts(self) -> frozenset[str]:
+        """What stands for several tokens that occur here."""
+        return shared_texts(self.vocabulary.values())
 
     def decided_at(self, against: str = "final") -> np.ndarray:
         """First block from which the top token stays the right one, int32 (n_tokens,); -1 where it never does.
@@ -140,6 +151,8 @@ class GridPanel(TokenGrid):
     """of a difference: the two panels between which it is, over at least its own tokens; else none"""
     circumstances: tuple[str, ...] = ()
     """what else one has to know of the run, for the caption"""
+    base_logprob: np.ndarray | None = None
+    """of a difference, where it was read: float32 (n_layers, n_tokens), nats, of each cell's top token in the other"""
 
     @property
     def caption(self) -> tuple[str, ...]:
@@ -161,6 +174,32 @@ class GridPanel(TokenGrid):
 
     def _panels(self) -> tuple[GridPanel, ...]:
         return (self,)
+
+
+def shared_texts(texts: Iterable[str]) -> frozenset[str]:
+    """Those that occur more than once: each stands for several tokens."""
+    return frozenset(text for text, count in Counter(texts).items() if count > 1)
+
+
+def name_of(token_id: int, text: str, shared: frozenset[str], write: Callable[[str], str] = str) -> str:
+    """What tells a token from the others: its text, with its id where the text is one of several tokens.
+
+    >>> name_of(7, " Paris", frozenset()), name_of(7, "a", frozenset("a"))
+    (' Paris', 'a (id 7)')
+    """
+    return write(text) + (f" (id {token_id})" if text in shared else "")
+
+
+def with_metric(panels: Sequence[GridPanel], name: str | None) -> list[tuple[GridPanel, Metric]]:
+    """Those of a picture's panels that have a metric of that name, with it; of None each one's first.
+
+    Raises
+    ------
+    UserError
+        None has it.
+    """
+    known = [panel for panel in panels if name in (None, *(metric.name for metric in panel.metrics))]
+    return [(panel, panel.metric(name)) for panel in known or panels]
 
 
 def panels_of(obj: Any) -> tuple[GridPanel, ...]:

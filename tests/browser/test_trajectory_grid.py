@@ -436,3 +436,36 @@ def test_a_run_in_the_background_has_a_stop_button(show):
 
 def test_a_finished_grid_has_none(show):
     assert not show(TrajectoryGrid(made_up(3, 4))).page.get_by_role("button", name="stop the run").is_visible()
+
+
+def test_what_the_kernel_read_beside_the_base_is_drawn(show):
+    comparison = made_up_comparison(6, 8, k=1)
+    rng = np.random.default_rng(0)
+    known = np.where(comparison.diff.top1_changed, np.log(0.2 * rng.random((6, 8))), np.nan).astype(np.float32)
+    both = replace(comparison, base_logprob=known, kl_from_base=rng.random((6, 8)).astype(np.float32))
+    page = show(TrajectoryGrid(both)).page
+    values = page.evaluate(
+        """["prob", "kl_from_base"].map((metric) => Array.from({length: 6}, (_, row) =>
+          Array.from({length: 8}, (_, column) => el.nblensGrid.panel.value(metric, row, column))))"""
+    )
+    np.testing.assert_allclose(values[0], both.diff.metric("prob"), atol=1e-4)
+    np.testing.assert_allclose(values[1], both.kl_from_base, atol=1e-6)
+    options = page.locator("select[aria-label=metric] option")
+    assert options.all_text_contents()[-1] == "KL(base ‖ steered)"
+    page.locator("select[aria-label=metric]").select_option("kl_from_base")
+    assert page.evaluate("el.nblensGrid.panel.scale('kl_from_base').signed") is False
+    page.mouse.move(*middle(page, 3, 2))
+    assert f"KL from base {both.kl_from_base[3, 2]:.3g} nats" in page.locator(".nbg-card").inner_text()
+
+
+def test_without_a_comparison_there_is_no_kl_from_base(show):
+    page = show(TrajectoryGrid(made_up(3, 4))).page
+    assert page.locator("select[aria-label=metric] option").count() == 4
+
+
+def test_tokens_of_one_text_carry_their_ids(show):
+    trajectory = made_up(3, 4, vocabulary={0: " x", 1: " y", 2: " x", 3: "z", 4: "w"})
+    grid = TrajectoryGrid(trajectory)
+    page = show(grid).page
+    texts = dict(zip(page.evaluate("el.nblensGrid.data.ids"), page.evaluate("el.nblensGrid.data.texts"), strict=True))
+    assert texts == {0: "·x (id 0)", 1: "·y", 2: "·x (id 2)", 3: "z", 4: "w"}

@@ -96,6 +96,16 @@ def test_steered_trajectories_are_compared_alike(pair):
     one, two = (session.compare(PROMPTS[2], steer={"v": 1.0}, generate=5) for session in pair)
     same_trajectory(one.base, two.base)
     same_trajectory(one.steered, two.steered)
+    for metric in ("prob", "kl_from_base"):
+        close(one.diff.metric(metric), two.diff.metric(metric))
+    assert one.diff.metric("kl_from_base").max() > 1e-3
+
+
+def test_the_last_tokens_are_captured_alike(pair):
+    one, two = (session.capture(PROMPTS[:2], generate=6, positions=slice(-2, None)) for session in pair)
+    for row, other in zip(one, two, strict=True):
+        assert row.shape[1] == 2
+        close(row.numpy(), other.numpy())
 
 
 def test_answers_are_scored_alike(pair):

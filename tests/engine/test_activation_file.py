@@ -56,7 +56,11 @@ POSITIONS = {
     "generated": ("generated", [9, 10, 11]),
     "last": ("last", [8]),
     "an index": (3, [3]),
-    "from the prompt's end": ([-1, 0], [0, 8]),
+    "from the end": ([-1, 0], [0, 11]),
+    "the last one": (-1, [11]),
+    "the last three": (slice(-3, None), [9, 10, 11]),
+    "all but the last two": (slice(None, -2), list(range(10))),
+    "every third from the end": (slice(None, None, -3), [2, 5, 8, 11]),
     "a generated one": ([10, 2], [2, 10]),
     "a slice": (slice(None, None, 5), [0, 5, 10]),
 }
@@ -73,6 +77,42 @@ def test_only_the_asked_for_positions_are_kept(attach, tmp_path, what):
     path = session.capture(PROMPTS[0], generate=4, positions=positions, to=tmp_path / "a.safetensors")
     assert torch.equal(load_file(path)["resid_post"], everything[:, kept])
     assert len(load_file(path)["token_ids"]) == len(kept)
+
+
+@pytest.mark.parametrize(
+    ("positions", "kept"),
+    [
+        (-1, slice(-1, None)),
+        (slice(-3, None), slice(-3, None)),
+        (slice(None, -4), slice(None, -4)),
+        (slice(2, -2), slice(2, -2)),
+        ([-3, -1], [-3, -1]),
+        (slice(-8, None, 3), slice(-8, None, 3)),
+    ],
+    ids=str,
+)
+def test_an_end_is_that_of_what_was_fed_and_not_of_what_was_asked_for(attach, tmp_path, positions, kept):
+    session = attach(tiny_model("llama"))
+    free = session.generate(PROMPTS, 12, temperature=3.0, seed=1)
+    session.model.generation_config.eos_token_id = free[0].token_ids[4]
+    asked = {"generate": 12, "temperature": 3.0, "seed": 1}
+    everything = session.capture(PROMPTS, **asked)
+    assert everything[0].shape[1] == 9 + 4 < everything[1].shape[1]
+    some = session.capture(PROMPTS, positions=positions, **asked)
+    path = session.capture(PROMPTS, positions=positions, to=tmp_path / "a.safetensors", **asked)
+    file = load_file(path)
+    for row, whole in enumerate(everything):
+        assert torch.equal(some[row], whole[:, kept])
+        assert torch.equal(file[f"{row}.resid_post"], whole[:, kept])
+        fed = torch.tensor([*PROMPTS[row], *session.generate(PROMPTS, 12, temperature=3.0, seed=1)[row].token_ids])
+        assert torch.equal(file[f"{row}.token_ids"], fed[: whole.shape[1]][kept].int())
+
+
+def test_an_index_before_the_first_token_that_was_fed_is_left_out(attach):
+    session = attach(tiny_model("llama"))
+    session.model.generation_config.eos_token_id = session.generate(PROMPTS[0], 1).token_ids[0]
+    assert session.capture(PROMPTS[0], generate=8).shape[1] == 9
+    assert session.capture(PROMPTS[0], generate=8, positions=[-12, -1]).shape[1] == 1
 
 
 def test_positions_count_in_each_row_by_itself(attach):

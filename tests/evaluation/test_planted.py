@@ -250,9 +250,9 @@ def test_random_directions_have_their_planted_slopes(planted, monkeypatch):
     assert np.linalg.matrix_rank(directions) == D_MODEL, "the same direction again and again"
     expected = [np.mean([PLANTED.slope(sample, d) for sample in SAMPLES[:24]]) for d in directions]
     np.testing.assert_allclose(report.random_slopes, expected, rtol=1e-4, atol=1e-5)
-    below = np.mean(np.array(expected) < SLOPES.mean())
-    assert report.random_percentile == pytest.approx(100 * below, abs=1e-9)
-    assert report.above_random == (SLOPES.mean() > np.percentile(expected, 99))
+    below = np.sum(np.array(expected) < SLOPES.mean())
+    assert report.random_percentile == pytest.approx(100 * below / 34, abs=1e-9)
+    assert report.above_random == (below == 33)
 
 
 def test_slopes_by_answer_are_means_over_their_samples(planted):

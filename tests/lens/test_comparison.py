@@ -71,6 +71,14 @@ def test_what_was_read_elsewhere_cannot_be_compared(changes):
         trajectory_of().diff(trajectory_of(**changes))
 
 
+def test_two_vocabularies_cannot_be_compared():
+    base = trajectory_of()
+    other = replace(base, vocabulary={**base.vocabulary, 7: " sieben"}, model="another")
+    with pytest.raises(UserError, match="tiny/model with another: token id 7 is ' seven' in one and ' sieben' in the "):
+        base.diff(other)
+    assert base.diff(replace(base, vocabulary={99: "more"})).parts_at.tolist() == [-1] * 3
+
+
 def test_the_uncertainty_of_a_probability_is_that_of_the_last_of_the_top_k_where_the_token_is_not_among_them():
     base = trajectory_of(((7, 7), (7, 7), (7, 7)))
     other_ids = base.top_ids.copy()

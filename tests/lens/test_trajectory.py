@@ -94,6 +94,8 @@ def test_top_takes_the_models_block_numbers_and_counts_from_its_end(layer, token
         ({"layer": 6}, "layer 6 was not read"),
         ({"token": 3}, "token 3 is outside this trajectory of 3 tokens"),
         ({"token": -4}, "token -4 is outside"),
+        ({"token": 1.5}, "token 1.5 is outside"),
+        ({"layer": "last"}, "layer 'last' was not read"),
     ],
 )
 def test_a_cell_that_was_not_read_is_named(where, message):
@@ -144,7 +146,9 @@ def test_what_it_cannot_be_decided_against_is_refused(against, message):
 def test_a_long_frame_has_a_row_for_each_cell_and_rank():
     trajectory = trajectory_of()
     frame = trajectory.to_frame(long=True)
-    assert list(frame.columns) == ["layer", "position", "token", "rank", "top_token", "top_prob"]
+    assert list(frame.columns) == [
+        *("layer", "position", "token", "token_id", "rank", "top_token", "top_id", "top_prob")
+    ]
     assert len(frame) == 3 * 3 * 2
     assert frame.index.tolist() == list(range(18))
     assert frame["rank"].tolist() == [1, 2] * 9
@@ -158,7 +162,8 @@ def test_a_long_frame_has_a_row_for_each_cell_and_rank():
 def test_a_frame_has_a_row_for_each_cell():
     frame = trajectory_of().to_frame()
     assert list(frame.columns) == [
-        *("layer", "position", "token", "top_token", "top_prob", "entropy", "kl_to_final", "next_logprob", "next_rank"),
+        *("layer", "position", "token", "token_id", "top_token", "top_id", "top_prob"),
+        *("entropy", "kl_to_final", "next_logprob", "next_rank"),
         "logprob[ five]",
         "logprob[é]",
     ]

@@ -36,7 +36,7 @@ def test_curves_of_other_tokens_exist_where_they_are_among_the_top():
     assert axes.yaxis_inverted()
 
 
-@pytest.mark.parametrize("tokens", [[" the", 1], ["the", " of"]])
+@pytest.mark.parametrize("tokens", [[" the", 1], [" the", " of"]])
 def test_curves_are_chosen_by_text_or_id(tokens):
     axes = token_curves(made_up(3, 4), tokens=tokens).axes[0]
     assert sorted(texts(axes)) == ["·of", "·the"]
@@ -48,6 +48,7 @@ def test_curves_are_chosen_by_text_or_id(tokens):
         ({"tokens": [" Rome"]}, "token ' Rome' does not occur"),
         ({"tokens": [999]}, "token 999 does not occur"),
         ({"position": 4}, "position 4 is outside this trajectory of 4 tokens"),
+        ({"position": 0.5}, "position 0.5 is outside this trajectory of 4 tokens"),
         ({"metric": "kl"}, "metric 'kl' cannot be drawn as curves; one of prob, rank"),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_fan_starts_between_coefficients_where_0_was_not_measured():
     found = bands(dose_response(report).axes[0])
     assert list(found) == [GREY]
     assert found[GREY][0] == pytest.approx((1.5, 1.5))
-    low, high = np.percentile(report.random_slopes, (1, 99))
+    low, high = report.random_slopes.min(), report.random_slopes.max()  # of few directions all are drawn
     assert found[GREY][1] == pytest.approx((1.5 + low, 1.5 + high))
 
 

@@ -65,9 +65,19 @@ def test_every_statistic_is_exact_for_any_shape_and_tile(case):
     wanted = torch.randint(-1, vocab_size, (n, case["n_wanted"]), generator=generator)
     final = case["seed"] % case["n_slots"]
     readout = Readout(architecture, tile_columns=case["tile_columns"], tile_elements=case["tile_elements"])
-    result = readout.read(hidden.clone(), top_k=case["top_k"], wanted=wanted, entropy=True, final=final)
+    n_pairs = case["n"] // 2
+    asked = {"top_k": case["top_k"], "wanted": wanted, "entropy": True, "final": final}
+    result = readout.read(hidden.clone(), n_pairs=n_pairs, **asked)
     logits = exact_logits(architecture, hidden)
     assert_exact(result, logits, top_k=case["top_k"], wanted=wanted, final=final)
+    if n_pairs:
+        logprobs = logits.log_softmax(-1)
+        one, other = logprobs[:, : 2 * n_pairs : 2], logprobs[:, 1 : 2 * n_pairs : 2]
+        kl = torch.where(one.exp() > 0, one.exp() * (one - other), 0.0).sum(-1)
+        close = {"rtol": 0, "atol": 2e-6 * max(10.0, logits[logits.isfinite()].abs().max().item())}
+        torch.testing.assert_close(result.kl_of_pairs.double(), kl, **close)
+    else:
+        assert result.kl_of_pairs is None
 
 
 def test_what_was_not_asked_for_is_not_there_and_the_rest_is_the_same(generator):

@@ -20,7 +20,14 @@ def statistics(values, first, wanted, thresholds, tile=97):
     """What one rank finds in its columns."""
     columns = values.shape[-1]
     stats = OnlineSoftmax(
-        SLOTS, min(TOP_K, columns), wanted, thresholds=thresholds, entropy=True, final=SLOTS - 1, first=first
+        SLOTS,
+        min(TOP_K, columns),
+        wanted,
+        thresholds=thresholds,
+        entropy=True,
+        final=SLOTS - 1,
+        n_pairs=2,
+        first=first,
     )
     for start in range(0, columns, tile):
         part = values[..., start : start + tile].clone()
@@ -52,7 +59,9 @@ def test_parts_merge_to_the_whole(cuts):
     expected = logprobs.topk(TOP_K)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     kl = (logprobs.exp() * (logprobs - logprobs[-1])).sum(-1)
+    of_pairs = (logprobs.exp()[:, :4:2] * (logprobs[:, :4:2] - logprobs[:, 1:4:2])).sum(-1)
     for stats in ranks:
+        torch.testing.assert_close(stats.kl_of_pairs.double(), of_pairs, atol=1e-5, rtol=1e-5)
         ids, values = stats.top
         assert torch.equal(ids, expected.indices)
         torch.testing.assert_close(values.double(), expected.values, atol=1e-5, rtol=1e-6)

@@ -27,6 +27,12 @@ def test_a_sweep_takes_arrays_and_chooses_blocks_and_positions(session):
         assert out.token_ids == session.generate(PROMPT, 5, steer=steer).token_ids
 
 
+def test_coefficients_may_be_read_once(session):
+    once, again = (session.sweep(PROMPT, "v", make(), 4) for make in (lambda: (c for c in (-1, 2)), lambda: [-1, 2]))
+    assert once.coefficients == (-1.0, 2.0)
+    assert [out.token_ids for out in once] == [out.token_ids for out in again]
+
+
 def test_a_sweep_of_a_vector_with_positions_of_its_own_uses_them(session):
     session.vectors["end"] = vector_of(write="last")
     (out,) = session.sweep(PROMPT, "end", [3.0], 5)

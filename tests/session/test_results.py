@@ -9,7 +9,7 @@ from sessions import PROMPT, TEXT, plain
 from steered_runs import endless_model
 from tiny_models import tiny_tokenizer
 
-from nblens import Generation, Trajectory, UserError
+from nblens import Generation, Steer, Trajectory, UserError
 
 
 def test_one_prompt_gives_one_result_and_a_list_gives_a_list(session):
@@ -46,6 +46,17 @@ def test_token_ids_are_a_prompt_as_good_as_text(session):
     for prompt in (ids, tuple(ids), np.array(ids), torch.tensor(ids)):
         np.testing.assert_array_equal(session.lens(prompt).top_ids, expected)
     assert len(session.lens([ids, ids[:2]])) == 2
+
+
+def test_a_setting_that_can_be_read_once_is_read_as_if_it_were_a_list(session):
+    def steer(once):
+        return iter([Steer("v", 40.0)]) if once else [Steer("v", 40.0)]
+
+    once, again = (session.generate(PROMPT, 3, steer=steer(kind)) for kind in (True, False))
+    assert once.steer == again.steer == {"v": 40.0}
+    assert once.token_ids == again.token_ids
+    targets = [session.attribute(PROMPT, steer=steer(kind)).target_ids for kind in (True, False)]
+    assert targets[0] == targets[1] != session.attribute(PROMPT, steer={}).target_ids
 
 
 def test_a_generation_carries_what_it_was_made_of(session):

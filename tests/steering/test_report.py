@@ -64,8 +64,9 @@ def test_the_table_says_it_all_in_a_few_aligned_lines():
         f"out of distribution  0.375 ± 0.177 {interval(made_up_report(dose_response=lines([0.25, 0.5])))}, n = 2, "
         "anti-steerable 0.0%",
         "block chosen         4 of 3-5, validation slope 0.5 (95% CI 0.375 to 0.75)",
-        "random directions    4: mean 0 (0 within 2 standard errors), 99th percentile 0.246 → above",
-        "shuffled labels      2: mean 0.312 (NOT 0 within 2 standard errors), 99th percentile 0.374 → above",
+        "random directions    4: mean 0 (0 within 2 standard errors), −0.25 to 0.25 → above all 4 (by chance 1 in 5)",
+        "shuffled labels      2: mean 0.312 (NOT 0 within 2 standard errors), 0.25 to 0.375 → above all 2 "
+        "(by chance 1 in 3)",
         "KL mean / p95        0.25 / 1 at λ = −1, 0.125 / 0.5 at λ = 1",
         "λ within KL 0.5      −1.33 … 2 (or beyond)",
         "perplexity ratio     1.25 at λ = −1, 1.12 at λ = 1",
@@ -127,15 +128,16 @@ def test_a_scale_free_slope_needs_both_norms(missing):
 
 def test_the_controls_are_compared_with_the_vector():
     report = made_up_report(random_slopes=[*np.linspace(-0.5, 0.45, 19), 0.5])
-    assert report.random_percentile == 97.5
-    assert report.above_random is True
+    assert report.random_percentile == pytest.approx(100 * 19.5 / 21)
+    assert report.above_random is False  # as good as the best of them
+    assert made_up_report(random_slopes=np.linspace(-0.5, 0.45, 19)).above_random is True
     assert report.random_near_zero is True
     assert report.shuffled_near_zero is False
     assert report.above_shuffled is True
     assert made_up_report(shuffled_slopes=[0.0, report.fitted.mean_slope * 2]).above_shuffled is False
     beaten = made_up_report(random_slopes=[*[0.0] * 18, 0.75, 1.0])
-    assert (beaten.random_percentile, beaten.above_random) == (90, False)
-    assert value(beaten, "random directions").endswith("99th percentile 0.952 → NOT above")
+    assert (beaten.random_percentile, beaten.above_random) == (pytest.approx(100 * 18 / 21), False)
+    assert value(beaten, "random directions").endswith("0 to 1 → NOT ABOVE: above 18 of 20 (by chance 3 in 21)")
     assert made_up_report(random_slopes=[0.25]).random_near_zero is None
     bare = made_up_report(**BARE)
     assert (bare.random_percentile, bare.above_random, bare.random_near_zero, bare.shuffled_near_zero) == (None,) * 4
@@ -231,7 +233,7 @@ def test_json_is_strict_and_holds_what_follows_too():
     assert statistics["out_of_distribution"]["mean_slope"] == 0.375
     assert (statistics["n_samples"], statistics["scale_free_slope"]) == (4, 1.5)
     assert statistics["largest_coefficients"] == pytest.approx([-4 / 3, 2, False, True])
-    assert (statistics["random_percentile"], statistics["above_random"]) == (100, True)
+    assert (statistics["random_percentile"], statistics["above_random"]) == (80, True)  # above all of 4
     assert (statistics["random_near_zero"], statistics["shuffled_near_zero"]) == (True, False)
 
 

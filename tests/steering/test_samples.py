@@ -1,6 +1,7 @@
 """Contrast pairs and samples from every kind of source, and what is said of rows that are none."""
 
 import json
+from itertools import repeat
 from typing import NamedTuple
 
 import pandas as pd
@@ -53,6 +54,100 @@ def test_data_frames_are_read_by_their_columns():
     frame = pd.DataFrame({"negative": ["b", "d"], "positive": ["a", "c"], "prompt": ["p", None]})
     assert as_pairs(frame) == [Sample("p", "a", "b"), ("c", "d")]
     assert as_samples(pd.DataFrame([QUESTION] * 2)) == [Sample("Q?", " (A)", " (B)")] * 2
+
+
+ROWS = [{"prompt": "p", "positive": "a", "negative": "b"}, {"prompt": None, "positive": "c", "negative": "d"}]
+COLUMNS = ["prompt", "positive", "negative"]
+
+
+class PolarsFrame:
+    """A polars frame: `to_dict` knows no orientation, and iterating gives columns."""
+
+    columns = COLUMNS
+
+    def to_dict(self, *, as_series=True):
+        return {name: [row[name] for row in ROWS] for name in COLUMNS}
+
+    def to_dicts(self):
+        return ROWS
+
+    def __iter__(self):
+        return iter(self.to_dict().values())
+
+
+class ArrowTable:
+    """A pyarrow table: `columns` holds the data, `to_dict` is not there."""
+
+    columns = (["p", None], ["a", "c"], ["b", "d"])
+    column_names = COLUMNS
+
+    def to_pylist(self):
+        return ROWS
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
+class DataSplit:
+    """A split of the datasets library: rows by iteration, columns by `to_dict`."""
+
+    column_names = COLUMNS
+
+    def to_dict(self):
+        return {name: [row[name] for row in ROWS] for name in COLUMNS}
+
+    def __iter__(self):
+        return iter(ROWS)
+
+
+class Interchanged:
+    """Nothing but the data frame interchange protocol."""
+
+    def __dataframe__(self, **options):
+        return pd.DataFrame(ROWS).__dataframe__(**options)
+
+
+class LazyFrame:
+    """Rows that are yet to be computed."""
+
+    columns = COLUMNS
+
+    def collect(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("source", [PolarsFrame, ArrowTable, DataSplit, Interchanged], ids=lambda kind: kind.__name__)
+def test_data_frames_of_every_library_are_read_by_their_columns(source):
+    assert as_pairs(source()) == [Sample("p", "a", "b"), ("c", "d")]
+    with pytest.raises(UserError, match="^(row|sample) 2 has no prompt"):
+        as_samples(source())
+
+
+@pytest.mark.parametrize("kind", [PolarsFrame, ArrowTable])
+def test_a_data_frame_without_a_column_is_named_as_one(kind, monkeypatch):
+    monkeypatch.setattr(kind, "column_names", ["positive"], raising=False)
+    with pytest.raises(UserError, match="^a data frame has no negative"):
+        as_pairs(kind())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (LazyFrame(), "give a list of pairs, or the path of a file; got LazyFrame; call its collect()"),
+        ({"train": DataSplit(), "test": DataSplit()}, "got dict; give one of its splits: ['train', 'test']"),
+        (PolarsFrame, "give a list of pairs, or the path of a file; got type"),
+    ],
+    ids=["lazy", "splits", "a class"],
+)
+def test_what_is_no_data_frame_yet_says_how_it_becomes_one(source, message):
+    with pytest.raises(UserError) as caught:
+        as_pairs(source)
+    assert message in str(caught.value)
+
+
+def test_rows_that_do_not_end_are_refused():
+    with pytest.raises(UserError, match="^there are more than 1,000,000 pairs; give a list that ends, and fewer"):
+        as_pairs(repeat(("a", "b")))
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
@@ -149,6 +244,11 @@ def test_a_bad_file_is_one_line(tmp_path, name, content, error, message):
         as_pairs(tmp_path / name)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
+
+
+def test_the_home_of_nobody_is_no_folder():
+    with pytest.raises(UserError, match="^cannot read ~nobody-of-this-name/x.csv: No such file"):
+        as_pairs("~nobody-of-this-name/x.csv")
 
 
 def test_a_file_that_is_not_there(tmp_path):

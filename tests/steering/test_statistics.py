@@ -12,7 +12,14 @@ from reports import COEFFICIENTS, lines, saturating
 from scipy import stats
 
 from nblens import UserError
-from nblens.steering.statistics import DoseResponse, SideEffects, distinct_ngrams, near_zero, percentile_among
+from nblens.steering.statistics import (
+    DoseResponse,
+    SideEffects,
+    above_controls,
+    distinct_ngrams,
+    near_zero,
+    percentile_among,
+)
 
 NAN = float("nan")
 
@@ -346,10 +353,28 @@ def test_distinct_ngrams_count_places_without_an_earlier_copy(ids, n):
     assert share == sum(first) / len(first) if first else np.isnan(share)
 
 
-def test_a_percentile_counts_equal_slopes_half():
-    assert percentile_among(0.5, np.array([0.0, 0.25, 0.5, 1.0])) == 62.5
-    assert percentile_among(2.0, np.array([0.0, 1.0])) == 100
+def test_a_percentile_counts_equal_slopes_half_and_the_slope_itself():
+    assert percentile_among(0.5, np.array([0.0, 0.25, 0.5, 1.0])) == 50
+    assert percentile_among(2.0, np.array([0.0, 1.0])) == pytest.approx(200 / 3)
     assert percentile_among(-1.0, np.array([0.0, 1.0])) == 0
+    assert percentile_among(1.0, np.zeros(12)) == pytest.approx(100 * 12 / 13)  # above all 12 is not above 99 %
+    assert percentile_among(1.0, np.zeros(99)) == 99
+
+
+@pytest.mark.parametrize(("n", "allowed"), [(1, 0), (12, 0), (99, 0), (100, 1), (150, 1), (200, 2)])
+def test_a_slope_is_above_controls_where_one_of_100_at_most_reaches_it(n, allowed):
+    for reach in (allowed, allowed + 1):
+        slopes = np.r_[np.zeros(n - reach), np.ones(reach)] if reach <= n else np.ones(n)
+        assert above_controls(0.5, slopes) is (reach == allowed)
+    assert above_controls(1.0, np.ones(n)) is False  # as good as all of them
+
+
+def test_chance_puts_a_slope_above_all_of_n_controls_once_in_n_plus_1():
+    draws = np.random.default_rng(0).normal(size=(20_000, 13))
+    above = np.mean([above_controls(one[0], one[1:]) for one in draws])
+    assert above == pytest.approx(1 / 13, abs=0.006)
+    percentiles = np.array([percentile_among(one[0], one[1:]) for one in draws])
+    assert np.mean(percentiles >= 100 * 12 / 13) == pytest.approx(1 / 13, abs=0.006)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ export function showCard(card, panel, metric, row, column, box, room) {
     element("b", {}, fit(panel.sheet.tokens[column], COLUMNS)), ` token ${column} · block ${panel.layers[row]}`);
   if (panel.base) {
     const change = panel.value(metric, row, column);
-    title.append(` · Δ ${metric === "prob" ? signedNumber(100 * change) + " points" : signedNumber(change)}`);
+    title.append(metric === "kl_from_base" ? ` · KL from base ${shortNumber(change)} nats`
+      : ` · Δ ${metric === "prob" ? signedNumber(100 * change) + " points" : signedNumber(change)}`);
   }
   const sides = panel.base
     ? [tokens(panel, panel.base, "base", row, column), tokens(panel, panel.sheet, "steered", row, column)]

@@ -4,7 +4,7 @@
 /** @import { Scale } from "./grid_colors.js" */
 /** @import { Cell } from "./grid_layout.js" */
 
-/** @typedef {"prob" | "entropy" | "kl" | "rank"} Metric */
+/** @typedef {"prob" | "entropy" | "kl" | "rank" | "kl_from_base"} Metric */
 /** @typedef {keyof typeof KINDS} ArrayName */
 /** @typedef {Uint32Array | Uint16Array | Float32Array} Numbers */
 /** @typedef {DataView<ArrayBuffer> | ArrayBuffer} Bytes */
@@ -32,7 +32,7 @@ export function probability(code) {
 
 const KINDS = {
   top: Uint32Array, prob: Uint16Array, entropy: Float32Array, kl: Float32Array, rank: Uint32Array,
-  next_prob: Uint16Array, next: Uint32Array, targets: Uint16Array,
+  next_prob: Uint16Array, next: Uint32Array, targets: Uint16Array, base_prob: Uint16Array, kl_from_base: Float32Array,
 };
 
 const TYPES = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
@@ -52,6 +52,7 @@ export class Sheet {
     this.arrays = {
       top: new Uint32Array(), prob: new Uint16Array(), entropy: new Float32Array(), kl: new Float32Array(),
       rank: new Uint32Array(), next_prob: new Uint16Array(), next: new Uint32Array(), targets: new Uint16Array(),
+      base_prob: new Uint16Array(), kl_from_base: new Float32Array(),
     };
   }
 
@@ -102,6 +103,8 @@ export class GridData {
     this.texts = [];
     /** @type {string[]} */
     this.searchable = [];
+    /** @type {Map<string, number[]>} places of each text: several tokens may have one */
+    this.named = new Map();
     /** @type {Map<number, number>} */
     this.places = new Map();
     this.scales = /** @type {Record<Metric, Scale>} */ ({});
@@ -134,8 +137,11 @@ export class GridData {
    * @param {string} text
    */
   name(place, id, text) {
+    if (this.ids[place] === id) return;
+    const same = [...(this.named.get(text) ?? []), place];
+    this.named.set(text, same);
     this.ids[place] = id;
-    this.texts[place] = text;
+    for (const one of same) this.texts[one] = same.length > 1 ? `${text} (id ${this.ids[one]})` : text;
     this.searchable[place] = text.toLowerCase();
     this.places.set(id, place);
   }
@@ -201,7 +207,7 @@ export class Panel {
    * @returns {Scale}
    */
   scale(metric) {
-    return { ...this.data.scales[metric], signed: this.base !== null };
+    return { ...this.data.scales[metric], signed: this.base !== null && metric !== "kl_from_base" };
   }
 
   /**
@@ -213,6 +219,7 @@ export class Panel {
   value(metric, row, column) {
     const cell = column * this.rows + row;
     if (metric === "prob") return this.changeOfTop(row, column);
+    if (metric === "kl_from_base") return this.sheet.arrays.kl_from_base[cell] ?? NaN;
     /** @type {(sheet: Sheet, at: number) => number} */
     const read = metric === "rank" ? rankAt : (sheet, at) => sheet.arrays[metric][at];
     if (!this.base) return read(this.sheet, cell);
@@ -221,17 +228,19 @@ export class Panel {
   }
 
   /**
+   * The probability of the top token or, in a difference, its change; without `base_prob` what base does not list is 0.
    * @param {number} row
    * @param {number} column
    */
   changeOfTop(row, column) {
-    const first = (column * this.rows + row) * this.k;
+    const cell = column * this.rows + row;
+    const first = cell * this.k;
     const here = PROBABILITIES[this.sheet.arrays.prob[first]];
     if (!this.base) return here;
     const top = this.sheet.arrays.top[first];
     for (let i = first; i < first + this.k; i++)
       if (this.base.arrays.top[i] === top) return here - PROBABILITIES[this.base.arrays.prob[i]];
-    return here;
+    return here - (PROBABILITIES[this.sheet.arrays.base_prob[cell]] || 0);
   }
 
   /**

@@ -12,7 +12,9 @@ import { button } from "./grid_elements.js";
  *   stop(): void}} Acts what the header's controls call */
 
 /** @type {Record<Metric, string>} */
-const METRIC_NAMES = { prob: "probability", entropy: "entropy", kl: "KL to last block", rank: "rank of next" };
+const METRIC_NAMES = {
+  prob: "probability", entropy: "entropy", kl: "KL to last block", rank: "rank of next", kl_from_base: "KL(base ‖ steered)",
+};
 
 /**
  * The header's element, how it is brought up to date, and its search.
@@ -34,11 +36,11 @@ export function makeHeader(acts, signal) {
   const stop = button("■ Stop", "stop the run", acts.stop, signal);
   const node = element("div", { class: "nbg-header", role: "toolbar", "aria-label": "trajectory grid" },
     stop, metric, site, view, search.node, element("span", { class: "nbg-gap" }), legend, zoom, files);
-  fill(metric, Object.entries(METRIC_NAMES));
 
   /** @param {{panel: Panel, data: GridData, metricName: Metric, running: boolean}} state */
   function refresh({ panel, data, metricName, running }) {
     stop.hidden = !running;
+    fill(metric, Object.entries(METRIC_NAMES).filter(([name]) => name in data.scales));
     metric.value = metricName;
     fill(site, [...data.sites.keys()].map((name) => [name, name]));
     site.value = panel.site.name;

@@ -11,6 +11,7 @@ prob       u2       (tokens, layers, k) log-probabilities, see `encode_logprobs`
 a metric   f4       (tokens, layers)    each under its name, such as entropy; but for prob, which is the top token's
 a rank     u4       (tokens, layers)    a metric on a logarithmic scale; 0 where there is none
 next_prob  u2       (tokens, layers)    of the token that follows
+base_prob  u2       (tokens, layers)    of the top token in the run that this is compared with, where it was read
 next       u4       (tokens,)           place in the vocabulary; 2³²−1 where there is none
 targets    u2       (tokens, layers, n) log-probabilities of the targets
 ========== ======== =================== =====================================================
@@ -56,6 +57,7 @@ class Vocabulary:
         self.texts: list[str] = []
         """without any sign for what is invisible"""
         self._places: dict[int, int] = {}
+        self._by_text: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -75,17 +77,20 @@ class Vocabulary:
         place = self._places.setdefault(token_id, len(self.ids))
         if place == len(self.ids):
             self.ids.append(token_id)
-            self.texts.append(panel.token_text(token_id))
+            self.texts.append(text := panel.token_text(token_id))
+            self._by_text.setdefault(text, []).append(token_id)
         return place
 
-    def id_of(self, text: str) -> int | None:
-        """The first token id with that text."""
-        return self.ids[self.texts.index(text)] if text in self.texts else None
+    def ids_of(self, text: str) -> list[int]:
+        """Every token id with that text."""
+        return self._by_text.get(text, [])
 
-    def text_of(self, token_id: int) -> str:
-        """Text of a token id that was met; `⟨id⟩` for another."""
+    def pin_of(self, token_id: int) -> str | int:
+        """What names a token alone: its text, or its id where others have that text, or where it was not met."""
         place = self._places.get(token_id)
-        return f"⟨{token_id}⟩" if place is None else self.texts[place]
+        if place is None or len(self.ids_of(self.texts[place])) > 1:
+            return token_id
+        return self.texts[place]
 
     def header(self, start: int = 0) -> dict[str, Any]:
         """What the page needs to draw the tokens from place `start` on: ids and visible texts."""
@@ -129,6 +134,7 @@ def _arrays(panel: GridPanel, start: int, vocabulary: Vocabulary) -> dict[str, n
         "prob": encode_logprobs(columns(panel.top_logprobs)),
         **{metric.name: columns(_numbers(metric)) for metric in panel.metrics if metric.name != "prob"},
         "next_prob": encode_logprobs(columns(panel.next_logprob)),
+        **({} if panel.base_logprob is None else {"base_prob": encode_logprobs(columns(panel.base_logprob))}),
         "next": vocabulary.places(panel.next_ids[start:], panel),
         "targets": encode_logprobs(columns(panel.target_logprobs)),
     }

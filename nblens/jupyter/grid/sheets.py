@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from nblens.errors import UserError
 from nblens.lens.shown import Shown
@@ -30,10 +33,13 @@ class Site:
         panel = shown._panels()[-1]
         return cls(name or panel.site, shown, panel)
 
-    @property
+    @cached_property
     def sheets(self) -> dict[str, GridPanel]:
         """The panels that travel, by view; the page draws the difference from both."""
-        return dict(zip((BASE, STEERED), self.panel.sides or [self.panel], strict=False))
+        if not self.panel.sides:
+            return {BASE: self.panel}
+        base, steered = self.panel.sides
+        return {BASE: base, STEERED: _beside_base(steered, self.panel)}
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -74,6 +80,19 @@ def _site(name: str, obj: Any, layers: Any) -> Site:
     if len({(panel.layers, panel.top_ids.shape[-1]) for panel in site.sheets.values()}) > 1:
         raise UserError("the two sides of a comparison were read at different layers or with different top_k")
     return site
+
+
+def _beside_base(steered: GridPanel, difference: GridPanel) -> GridPanel:
+    """A panel with what was read of it beside the other: of all its tokens, NaN where the two share none."""
+    room = ((0, 0), (0, steered.n_tokens - difference.n_tokens))
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, room, constant_values=np.nan)
+
+    own = {metric.name for metric in steered.metrics}
+    more = (replace(m, values=placed(m.values)) for m in difference.metrics if m.name not in own)
+    known = difference.base_logprob
+    return replace(steered, metrics=(*steered.metrics, *more), base_logprob=None if known is None else placed(known))
 
 
 def named_panels(sites: tuple[Site, ...]) -> dict[str, GridPanel]:

@@ -69,8 +69,8 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     *objects : Trajectory, SiteTrajectories, Comparison, TrajectoryDiff, or dicts of these
         Several become sites among which one switches; all share one scale. A comparison can be looked at as
         base, as steered, or as their difference.
-    metric : {"prob", "entropy", "kl", "rank"}, optional
-        What colours the cells; None: the first that there is.
+    metric : {"prob", "entropy", "kl", "rank", "kl_from_base"}, optional
+        What colours the cells; None: the first that there is. The last is of comparisons alone.
     layers : layer spec, optional
         Show these blocks only, such as "0-11" or "::4".
     view : {"base", "steered", "difference"}, optional
@@ -93,9 +93,10 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     site = traitlets.Unicode("").tag(sync=True)
     """which of several grids"""
     selection = traitlets.Any(None, allow_none=True).tag(sync=True)
-    """(block, token position), or None"""
+    """(block, token position), or None; a negative position counts from the last token that is there when it is set"""
     pinned: traitlets.List[Any] = traitlets.List()
-    """texts of the tokens that are drawn as curves over depth; ids are understood too"""
+    """tokens that are drawn as curves over depth: texts, and ids of those whose text is that of several; any may be
+    given by its id"""
     _pinned_ids = traitlets.List(traitlets.Int()).tag(sync=True)
     _n_tokens = traitlets.Int(0).tag(sync=True)
     # Made when a page asks for it: until then nothing is encoded twice, and a page that is opened late gets all of it.
@@ -300,8 +301,8 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
         return layer, token
 
     @traitlets.validate("pinned")
-    def _check_pinned(self, proposal: Any) -> list[str]:
-        return [self._vocabulary.text_of(token_id) for token_id in self._ids_of(proposal["value"])]
+    def _check_pinned(self, proposal: Any) -> list[str | int]:
+        return self._pins(self._ids_of(proposal["value"]))
 
     @traitlets.validate("_pinned_ids")
     def _check_pinned_ids(self, proposal: Any) -> list[int]:
@@ -310,7 +311,11 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     def _ids_of(self, tokens: Iterable[Any]) -> list[int]:
         found = []
         for token in tokens:
-            token_id = self._vocabulary.id_of(token) if isinstance(token, str) else token
+            ids = self._vocabulary.ids_of(token) if isinstance(token, str) else [token]
+            if len(ids) > 1:
+                several = ", ".join(map(str, sorted(ids)))
+                raise _RefusedError(f"token {token!r:.80} is several in this grid, of ids {several}; pin an id")
+            token_id = ids[0] if ids else None
             if not _whole(token_id) or int(token_id) not in self._vocabulary:
                 raise _RefusedError(f"token {token!r:.80} occurs nowhere in this grid, so it cannot be pinned")
             found.append(int(token_id))
@@ -320,16 +325,15 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
 
     @traitlets.observe("pinned")
     def _pin(self, change: Any) -> None:
-        # several ids may have one text: the page's choice among them stays
-        if change["new"] != self._texts(self._pinned_ids):
+        if change["new"] != self._pins(self._pinned_ids):
             self._pinned_ids = self._ids_of(change["new"])
 
     @traitlets.observe("_pinned_ids")
     def _name_pins(self, change: Any) -> None:
-        self.pinned = self._texts(change["new"])
+        self.pinned = self._pins(change["new"])
 
-    def _texts(self, ids: Iterable[int]) -> list[str]:
-        return [self._vocabulary.text_of(token_id) for token_id in ids]
+    def _pins(self, ids: Iterable[int]) -> list[str | int]:
+        return [self._vocabulary.pin_of(token_id) for token_id in ids]
 
     def _answer(self, _: Any, message: Any, buffers: Any) -> None:
         """Any script on the page can send anything: what is not understood is answered with an error."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -326,7 +327,7 @@ def _figure(obj: Any, metric: str) -> Any:
 
 def _writer(options: Namespace) -> Callable[[Any], None]:
     """Make what writes the result to the named file; a name that cannot be written is refused before the run."""
-    path, metric = Path(options.save).expanduser(), options.metric
+    path, metric = Path(os.path.expanduser(options.save)), options.metric
     what, kinds = "a trajectory is", [".html", *_PICTURES, ".json", ".safetensors"]
     if options.compare:
         what, kinds = "a comparison is", [".html", *_PICTURES]

@@ -170,6 +170,39 @@ def test_selection_and_pins_are_what_a_user_means(make):
     assert (grid.selection, grid.pinned, grid.metric) == ((5, 2), [" nine"], "prob")
 
 
+def test_pins_of_one_text_are_told_apart_by_their_ids(make):
+    grid = make(trajectory_of(vocabulary={**trajectory_of().vocabulary, 9: " seven"}))
+    grid.pinned = [9, 8, 7]
+    assert grid.pinned == [9, "<b>", 7]
+    grid._pinned_ids = [7]
+    assert grid.pinned == [7]
+    with pytest.raises(UserError, match="token ' seven' is several in this grid, of ids 7, 9; pin an id"):
+        grid.pinned = [" seven"]
+    assert (grid.pinned, grid._pinned_ids) == ([7], [7])
+
+
+def test_what_was_read_beside_the_base_travels(make):
+    comparison = made_up_comparison(4, 6, k=2)
+    rng = np.random.default_rng(0)
+    read = {name: -rng.random((4, 6)).astype(np.float32) for name in ("base_logprob", "kl_from_base")}
+    read["kl_from_base"] *= -3
+    both = replace(comparison, **read)
+    grid = make(both, metric="kl_from_base")
+    header, data = received(grid)
+    base, steered = header["sheets"]
+    assert {name for name, *_ in steered["arrays"]} - {name for name, *_ in base["arrays"]} == set(
+        ("base_prob", "kl_from_base")
+    )
+    np.testing.assert_array_equal(array(steered, data, "kl_from_base").reshape(6, 4), read["kl_from_base"].T)
+    there = decode_logprobs(array(steered, data, "base_prob")).reshape(6, 4)
+    np.testing.assert_allclose(np.exp(there), np.exp(read["base_logprob"].T), rtol=4e-4)
+    assert header["scales"]["kl_from_base"] == {"high": pytest.approx(3.0, abs=0.3), "logarithmic": False}
+    assert "kl_from_base" not in received(make(comparison))[0]["scales"]
+    with pytest.raises(UserError, match="metric 'kl_from_base' is unknown"):
+        make(comparison).metric = "kl_from_base"
+    assert grid._repr_mimebundle_()[0]["text/html"].count("KL(base ‖ steered)") == 2
+
+
 @pytest.mark.parametrize(
     "state",
     [
