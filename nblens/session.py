@@ -29,6 +29,7 @@ from nblens.lens.lens_store import LensStore
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.placement import Placement
+from nblens.model.position_code import context_of
 from nblens.model.tokens import TokenTexts
 from nblens.options import (
     SITE,
@@ -106,8 +107,7 @@ class Session:
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
-        context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-        build = RequestBuilder(architecture, tokenizer, context, self.lenses, self.vectors, self.steer)
+        build = RequestBuilder(architecture, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
         texts = TokenTexts(tokenizer)
         client = Client(backend, self.lenses, lambda spec: RunResult(spec, self.architecture, placement.model, texts))
         self._inside: tuple[RequestBuilder, Client] | None = build, client

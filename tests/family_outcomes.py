@@ -33,6 +33,8 @@ class Outcome:
     status: Literal["proven", "wrong", "refused", "not buildable"]
     reason: str = ""
     error: float = float("nan")
+    kept: tuple[str, ...] = ()
+    """attributes that the model keeps from one request to the next, outside its cache"""
 
 
 @cache
@@ -61,7 +63,12 @@ def _outcome(family: str) -> Outcome:
     try:
         differences = [
             difference(model, trajectory, n_tokens)
-            for prompts, generate, chunk in ((single, 0, None), (unequal, 0, 9), (unequal, NEW_TOKENS, None))
+            for prompts, generate, chunk in (
+                (single, 0, None),
+                (unequal, 0, 9),
+                (unequal, NEW_TOKENS, None),
+                ([prompt(1, 4)], 0, None),
+            )
             for trajectory, n_tokens in zip(
                 lens_of_last_block(engine, prompts, generate, chunk),
                 [len(ids) + max(0, generate - 1) for ids in prompts],
@@ -70,7 +77,9 @@ def _outcome(family: str) -> Outcome:
         ]
     except Exception as error:
         return Outcome("wrong", f"{type(error).__name__}: {first_line(error)}")
-    return Outcome("proven" if max(differences) <= 1e-4 else "wrong", error=max(differences))
+    kept = {name.rpartition(".")[2] for name in engine.runner.batching.leftovers.names}
+    status = "proven" if max(differences) <= 1e-4 else "wrong"
+    return Outcome(status, error=max(differences), kept=tuple(sorted(kept)))
 
 
 def prompt(length: int, seed: int) -> tuple[int, ...]:

@@ -56,6 +56,34 @@ BLOCKS_AT = {family: path for family, (path, _) in FAMILY.items()} | {
 }
 
 
+HUGE_DIMENSION, HUGE = 7, 8192.0
+
+
+@torch.no_grad()
+def give_a_huge_dimension(model: nn.Module, final_norm: nn.Module, ids: torch.Tensor) -> None:
+    """One dimension of the stream is thousands of times the others, as in real models; the norms leave it aside.
+
+    They bring the others back to size 1, so that attention and MLP see what they would without it.
+    """
+    family = model.config.model_type
+    model.get_input_embeddings().weight[:, HUGE_DIMENSION] = HUGE
+    blocks = model.get_submodule(BLOCKS_AT.get(family, "model.layers"))
+    inside = [MODULES[family][site] for site in ("ln1_out", "ln2_out") if site in MODULES[family]]
+    added = 1.0 if family == "gemma2" else 0.0  # to a norm's weight
+    for norm in [*(block.get_submodule(path) for block in blocks for path in inside), final_norm]:
+        seen: list[torch.Tensor] = []
+        handle = norm.register_forward_hook(lambda _, __, out, seen=seen: seen.append(out.flatten(0, -2)))
+        model(input_ids=ids, use_cache=False)
+        handle.remove()
+        (out,) = seen
+        others = torch.arange(out.shape[-1]) != HUGE_DIMENSION
+        scale = 1 / out[:, others].std(0).mean()
+        norm.weight.copy_((norm.weight + added) * scale - added)
+        norm.weight[HUGE_DIMENSION] = -added
+        if getattr(norm, "bias", None) is not None:
+            norm.bias.copy_((norm.bias - out.mean(0)) * scale * others)
+
+
 def sites_of(family: str) -> list[str]:
     """Every site that the family has."""
     middle = [] if family in PARALLEL else ["resid_mid"]

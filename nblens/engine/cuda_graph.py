@@ -9,7 +9,7 @@ together, and the next run of the same shape takes it over with its own prompt, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +97,11 @@ def decodes_statically(model: PreTrainedModel, batching: Batching) -> bool:
     from transformers import StaticCache
     from transformers.cache_utils import StaticLayer
 
-    if batching != Batching() or cache_name(model) != "past_key_values" or not model._can_compile_fullgraph:
+    if (
+        replace(batching, longest=None, varies=False) != Batching()
+        or cache_name(model) != "past_key_values"
+        or not model._can_compile_fullgraph
+    ):
         return False
     if not (takes(model, "position_ids") and takes(model, "logits_to_keep")):
         return False
@@ -256,7 +260,8 @@ class Workspaces:
         length = -(-(batch.width + spec.generation.max_new_tokens) // _ROOM) * _ROOM
         capacity = batch.rows * max(width, window)
         weights = tuple(parameter.data_ptr() for parameter in self._runner.model.parameters())
-        shape = (batch.rows, length, capacity, tuple(places.items()), layout_of(spec.steering), weights)
+        kinds = tuple(places.items()), layout_of(spec.steering), weights, _adapters(self._runner.model)
+        shape = (batch.rows, length, capacity, *kinds)
         if self._kept is not None and self._kept[0] == shape:
             workspace = self._kept[1]
             workspace.bank.fill(spec.steering)
@@ -288,3 +293,13 @@ class Workspaces:
     def _is_hooked(self) -> bool:
         """Tell whether the user has hooks on the model: a recording would run them once instead of at every token."""
         return any(module._forward_hooks or module._forward_pre_hooks for module in self._runner.model.modules())
+
+
+def _adapters(model: PreTrainedModel) -> tuple[str, ...]:
+    """Describe which of the adapters that peft has put on a model act, and how strongly: a recording has that fixed."""
+    states = []
+    for module in model.modules():
+        if isinstance(active := getattr(module, "active_adapters", None), list):
+            others = (getattr(module, name, None) for name in ("disable_adapters", "merged_adapters", "scaling"))
+            states.append(f"{active} {list(others)}")
+    return tuple(states)

@@ -25,7 +25,7 @@ from nblens.lens.attribution import CONTRIBUTIONS, AttributionReader
 from nblens.lens.lens import LOGIT, Lens
 from nblens.lens.reader import LensReader
 from nblens.model.capture import RowSpan
-from nblens.model.generation import Batch, Observer, Phase, Step, SteppingLoop, generate_text
+from nblens.model.generation import Batch, Observer, Phase, Step, SteppingLoop, counts_padding, generate_text
 from nblens.model.hooks import Instrumentation
 from nblens.specs import ActivationSlice, CaptureSpec, RunFinished, RunSpec, TokensSampled
 
@@ -70,10 +70,18 @@ class Runs:
         if spec.capture and spec.capture.from_end:
             emit = FromEnd(spec.capture, emit)
         groups = RowGroups(spec, emit, control)
-        for rows in self._runner.batching.groups(spec.prompts):
+        for rows in self._groups(spec):
             if not control.cancelled:
                 self._serve_group(*groups.start(rows))
         groups.finish()
+
+    def _groups(self, spec: RunSpec) -> list[tuple[int, ...]]:
+        """Rows that are fed together: those that must not be padded, because of the model or of an option, apart."""
+        batching, generation = self._runner.batching, spec.generation
+        if generation is not None:
+            for prompt in spec.prompts:
+                batching.check_growth(len(prompt), generation.max_new_tokens)
+        return batching.groups(spec.prompts, equal=generation is not None and counts_padding(generation))
 
     def _serve_group(self, spec: RunSpec, emit: Emit, control: RowControl) -> None:
         """Run once, or again in smaller steps where memory ran out."""

@@ -146,7 +146,7 @@ class Scoring:
             keeping,
             bank,
             {("resid_post", last_block): keeping.keep},
-            width=max(1, self._tokens // repeated.rows) if runner.batching.stepwise else None,
+            width=None if runner.batching.at_once(batch.width) else max(1, self._tokens // repeated.rows),
             columns=range(shared, batch.width),
             cache=cache,
         )

@@ -22,9 +22,11 @@ def shared_columns(runner: Runner, batch: Batch, writes: Iterable[SteeringWrite]
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     cache = runner.new_cache()
-    if runner.batching.rows != "padded" or not runner.batching.stepwise or cache is None:
+    if runner.batching.rows != "padded" or runner.batching.at_once(batch.width) or cache is None:
         return 0
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+    if runner.batching.leftovers or any(
+        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    ):
         return 0
     return min((first_written(write.write, batch) for write in writes), default=batch.width)
 

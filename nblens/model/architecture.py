@@ -395,9 +395,9 @@ def _find_transform(model: PreTrainedModel, architecture: Architecture, trace: _
     return LogitTransform(named_scale(scale.item(), config), softcap)
 
 
-def named_scale(scale: float, config: Any) -> float:
-    """The exact value behind a measured scale: 1, or a number of the config or its inverse."""
+def named_scale(scale: float, config: Any, error: float = 0.0) -> float:
+    """The exact value behind a measured scale, with its error: 1, or a number of the config or its inverse."""
     numbers = [v for v in config.to_dict().values() if isinstance(v, (int, float)) and not isinstance(v, bool) and v]
     named = [1.0, *map(float, numbers), *(1 / v for v in numbers)]
     nearest = min(named, key=lambda value: abs(value - scale))
-    return nearest if abs(nearest - scale) <= 1e-2 * abs(scale) else scale
+    return nearest if abs(nearest - scale) <= max(1e-2 * abs(scale), error) else scale

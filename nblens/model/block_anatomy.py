@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["find_inner_sites"]
 
 _SAMPLE = 4096  # elements of each tensor that the equations are checked on
-_NOTICED = 0.1  # share of elements that must break the equation where a part is left out
+_NOTICED = 0.02  # share of elements that must break the equation where a part is left out
 _TINY = 1e-12
 
 
@@ -122,7 +122,7 @@ class _Equations:
         block_input, block_output = values[0], values[-1]
         self._pre, self._post, self._config = block_input.sample, block_output.sample, config
         # of a sum of two rounded numbers, beside their magnitudes
-        self._precision = 2**-7 if dtype in (torch.bfloat16, torch.float16) else 1e-5
+        self._precision = max(torch.finfo(dtype).eps, 1e-5)
         ran = Counter(value.module for value in values if value.end == "output")
         self._values = [v for v in values if v.path and _alike(v.shape, block_input.shape) and ran[v.module] == 1]
         self._outputs = sorted((v for v in self._values if v.end == "output"), key=lambda v: v.depth)
@@ -186,9 +186,16 @@ class _Equations:
                     yield attention, mlp, scale
 
     def _scale(self, total: torch.Tensor) -> float:
-        """The constant that brings a sum closest to what the block adds."""
-        scale = ((self._post - self._pre) @ total / (total @ total).clamp(min=1e-30)).item()
-        return named_scale(scale, self._config) if scale > 0 else 1.0
+        """The constant that brings a sum closest to what the block adds, with each element beside its own rounding.
+
+        A constant within the error of the measurement is taken for what it is named: 1, or a number of the config.
+        """
+        rounding = self._post.abs() + self._pre.abs() + _TINY
+        wanted, given = (self._post - self._pre) / rounding, total / rounding
+        size = (given @ given).clamp(min=1e-30)
+        scale = wanted @ given / size
+        error = ((wanted - scale * given).square().mean() / size).sqrt()
+        return named_scale(scale.item(), self._config, 3 * error.item()) if scale > 0 else 1.0
 
     def _addend(self, base: torch.Tensor, total: torch.Tensor | None) -> _Value | None:
         """The outermost output that `base` lacks to be `total`."""

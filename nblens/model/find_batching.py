@@ -7,7 +7,8 @@ up a cache with several tokens, and models that read ahead, all show themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +19,8 @@ from nblens.model.architecture import Architecture, input_device, probe_ids, pro
 from nblens.model.batching import Batching
 from nblens.model.generation import Batch, Observer, SteppingLoop, cache_name, new_cache, takes
 from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.leftovers import Snapshot
+from nblens.model.position_code import PositionCode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,12 +45,43 @@ def find_batching(model: PreTrainedModel, architecture: Architecture, pad_id: in
     if cache_name(model) is None:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no cache that a run could go on from")
     plain = probe_logits(model)
+    first, second = probe_ids(model)[:, :_PROMPT].tolist()
     failure = ""
     for way in _ways(model):
-        failure = _mismatch(model, architecture, plain, way, pad_id)
+        prompts = {"padded": [first, second[:-_STEP]], "equal": [first, second], "alone": [first]}[way.rows]
+        failure = _mismatch(model, architecture, plain, prompts, way, pad_id)
         if not failure:
-            return way
+            return _with_lengths_and_leftovers(model, architecture, plain, way, pad_id)
     raise UnsupportedModelError(f"{type(model).__name__} {_explain(model, plain, failure)}")
+
+
+def _with_lengths_and_leftovers(
+    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
+) -> Batching:
+    """The way of feeding with what matters only for long texts, and from one request to the next.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A request changes what the next one gives, and it cannot be put back.
+    """
+    code = PositionCode(model, architecture) if way.positions else None
+    if code is None or not code.looked:
+        probe_logits(model)
+    before = Snapshot(model)  # after a short pass without a cache, which begins anew
+    if code is not None and code.varies:
+        code.long_pass()
+    first, second = probe_ids(model)[:, :_STEP].tolist()
+    failure = _mismatch(model, architecture, plain, [first], way, pad_id)
+    way = replace(way, leftovers=before.changes())
+    if code is not None:
+        way = replace(way, longest=code.longest, varies=code.varies)
+    failure = failure or _mismatch(model, architecture, plain[1:], [second[:1]], way, pad_id)
+    if failure:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps something of a request for the next one: it {failure}"
+        )
+    return way
 
 
 def _ways(model: PreTrainedModel) -> Iterator[Batching]:
@@ -76,11 +110,14 @@ def _has_own_cache(model: PreTrainedModel) -> bool:
 
 
 def _mismatch(
-    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
+    model: PreTrainedModel,
+    architecture: Architecture,
+    plain: torch.Tensor,
+    prompts: Sequence[Sequence[int]],
+    way: Batching,
+    pad_id: int,
 ) -> str:
-    """Say what is wrong with a way of feeding; empty when it gives the logits of the plain pass."""
-    first, second = probe_ids(model)[:, :_PROMPT].tolist()
-    prompts = {"padded": [first, second[:-_STEP]], "equal": [first, second], "alone": [first]}[way.rows]
+    """Say what is wrong with a way of feeding; empty when it gives the logits of the plain pass for each prompt."""
     batch = Batch.of(prompts, pad_id, input_device(model))
     residuals: list[torch.Tensor] = []
     width = _STEP if way.stepwise else _PROMPT - 1

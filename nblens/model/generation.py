@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "SteppingLoop",
     "cache_name",
+    "counts_padding",
     "draw",
     "generate_text",
     "new_cache",
@@ -43,6 +44,18 @@ Phase = Literal["prompt", "generated"]
 
 _CACHES = ("past_key_values", "cache_params", "state")
 """what models call the memory that they go on from"""
+
+_COUNTING_PADDING = (
+    "bad_words_ids",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "forced_bos_token_id",
+    "min_length",
+    "no_repeat_ngram_size",
+    "sequence_bias",
+    "watermarking_config",
+)
+"""options that look at all that stands in a row, or count it: transformers takes padding for tokens of the prompt"""
 
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
@@ -277,6 +290,8 @@ class SteppingLoop:
         """One forward pass; logits of the last column, (rows, vocab_size), or of none. None: stopped."""
         if not self._observer.before(phase, columns, self._batch):
             return None
+        if columns.start == 0:
+            self._batching.leftovers.put_back()
         ids = self._batch.input_ids if input_ids is None else input_ids
         ids = ids[:, columns.start : columns.stop]
         if self._decoder is not None and phase == "generated":
@@ -321,6 +336,11 @@ class SteppingLoop:
         if fed is not None:
             positions = torch.where(fed[:, None], positions, -1)
         return Step(phase, columns.start, len(columns), positions, following)
+
+
+def counts_padding(spec: GenerationSpec) -> bool:
+    """Tell whether an option would make a row's text depend on how far it is padded."""
+    return any(spec.options.get(name) for name in _COUNTING_PADDING)
 
 
 def generate_text(
@@ -388,6 +408,8 @@ def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int
         raise UserError("beam search is not supported: beams reorder the rows that lens and steering follow")
     if spec.options.get("num_return_sequences", 1) not in (None, 1):
         raise UserError("num_return_sequences is not supported; give the prompt several times")
+    if spec.options.get("max_length") is not None:
+        raise UserError("max_length counts the prompt and its padding; give max_new_tokens=N, which counts new tokens")
     if spec.options.get("use_cache") is False:
         raise UserError("use_cache=False is not supported: a run is steps over one KV cache")
     sampling: dict[str, Any] = {"do_sample": False}

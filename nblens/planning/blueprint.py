@@ -19,6 +19,7 @@ from torch import nn
 
 from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import find_blocks, find_lm_head
+from nblens.model.position_code import context_of
 from nblens.model.quantization import find_quantization
 from nblens.planning.checkpoint import Headers
 
@@ -193,7 +194,7 @@ def draw_blueprint(
         n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
         widest=widest,
         dequantized=_largest_linear(blocks) * dtype.itemsize if quantization else 0,
-        context_limit=getattr(text, "max_position_embeddings", None),
+        context_limit=context_of(config),
         _runnable=runnable,
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nblens.errors import UnsupportedModelError
+from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import Architecture, output_device
 from nblens.readout.vocabulary import find_shard
 
@@ -85,12 +85,23 @@ class _Norm:
         device, dtype = output_device(architecture), architecture.dtype
         signs = torch.ones(width, device=device, dtype=dtype)
         signs[1::2] = -1  # of mean 0 and size 1, but for an odd width
-        self.shift: torch.Tensor = module(torch.zeros((1, width), device=device, dtype=dtype))[0].double()
-        moved = module((_LARGE * signs + 4 * _LARGE)[None])[0].double() - self.shift
-        still = module((_LARGE * signs)[None])[0].double() - self.shift
+        self.shift: torch.Tensor = self._of(torch.zeros_like(signs))
+        moved = self._of(_LARGE * signs + 4 * _LARGE) - self.shift
+        still = self._of(_LARGE * signs) - self.shift
         self._centers = bool((moved - still).abs().max() < 0.1 * still.abs().max())
         probe = self.center(_LARGE * signs.double()[None])[0]
         self.weight: torch.Tensor = still / probe * probe.square().mean().sqrt()
+
+    def _of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What it makes of one token, float64; refuses a module that takes no stream of the lm_head's width."""
+        try:
+            normed: torch.Tensor = self.module(hidden[None])[0].double()
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self._family}: its final {type(self.module).__name__} is no norm of a stream of {len(hidden)} "
+                f"dimensions: {first_line(error)}"
+            ) from error
+        return normed
 
     def center(self, hidden: torch.Tensor) -> torch.Tensor:
         """P(h)."""
@@ -125,8 +136,16 @@ def _matrix(module: nn.Module, family: str, rows: list[int] | None = None) -> tu
 
     with align_module_device(module):
         if not isinstance(module, nn.Linear) or module.weight.is_meta or type(module.weight.data) is not torch.Tensor:
-            raise UnsupportedModelError(f"{family}: the weight of its {type(module).__name__} cannot be read here")
+            merge = ": merge the adapter first" if _is_adapted(module) else ""
+            raise UnsupportedModelError(
+                f"{family}: the weight of its {type(module).__name__} cannot be read here{merge}"
+            )
         weight = module.weight
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
         chosen = slice(None) if rows is None else rows
         return weight[chosen], bias[chosen]
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Tell whether a linear module has others inside, as an adapter's has."""
+    return any(isinstance(part, nn.Linear) for part in module.modules() if part is not module)

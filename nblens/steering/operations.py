@@ -13,6 +13,9 @@ import torch
 __all__ = ["OPERATIONS", "REST", "Direction"]
 
 
+_TINY, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
 class Direction:
     """A vector as the operations need it.
 
@@ -24,8 +27,10 @@ class Direction:
 
     def __init__(self, vector: torch.Tensor) -> None:
         self.vector = vector
-        self.norm: torch.Tensor = vector.norm()
-        self.unit: torch.Tensor = vector / self.norm.clamp(min=torch.finfo(torch.float32).tiny)
+        near, factor = _near_one(vector)
+        norm: torch.Tensor = near.norm()
+        self.norm: torch.Tensor = (norm / factor[0]).clamp(max=_LARGEST)
+        self.unit: torch.Tensor = near / norm.clamp(min=_TINY)
 
     def fill(self, vector: torch.Tensor) -> None:
         """Stand for another vector of the same length, in the same tensors."""
@@ -41,26 +46,46 @@ class Direction:
         """Length of `hidden` along it, (rows, width, 1)."""
         return (hidden @ self.unit)[..., None]
 
+    def part(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What of `hidden` lies along it, (rows, width, d_model)."""
+        return self.component(hidden) * self.unit
+
+
+def _near_one(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same at a size whose square float32 holds, and the power of two that it was multiplied with, (..., 1)."""
+    largest = vectors.abs().amax(-1, keepdim=True)
+    factor = torch.where(largest < 2**-45, 2.0**95, _reducing(largest))
+    return vectors * factor, factor
+
+
+def _reducing(sizes: torch.Tensor) -> torch.Tensor:
+    """A power of two that brings large numbers to where they can be squared."""
+    return torch.where(sizes > 2**45, 2.0**-80, 1.0)
+
 
 def _ablate(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
-    return hidden - coefficient * direction.component(hidden) * direction.unit
+    return hidden - coefficient * direction.part(hidden)
 
 
 def _ablate_add(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
-    return hidden + (coefficient * direction.norm - direction.component(hidden)) * direction.unit
+    return hidden - direction.part(hidden) + coefficient * direction.vector
 
 
 def _clamp(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
     component, bound = direction.component(hidden), coefficient * direction.norm
-    kept = torch.where(coefficient > 0, component.maximum(bound), component.minimum(bound))
-    return hidden + (kept - component) * direction.unit
+    beyond = torch.where(coefficient > 0, component < bound, component > bound)
+    return torch.where(beyond, _ablate_add(hidden, direction, coefficient), hidden)
 
 
 def _rotate(hidden: torch.Tensor, direction: Direction, coefficient: torch.Tensor) -> torch.Tensor:
-    turned = hidden + coefficient * direction.vector
-    before: torch.Tensor = hidden.norm(dim=-1, keepdim=True)
-    after: torch.Tensor = turned.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return turned * (before / after)
+    for_strength, for_length = _reducing(coefficient.abs()), _reducing(direction.norm)
+    added = (coefficient * for_strength) * (direction.vector * for_length)
+    before, factor = _near_one(hidden)
+    turned, _ = _near_one(hidden * for_strength * for_length + added)
+    after = turned.norm(dim=-1, keepdim=True)
+    ratio = before.norm(dim=-1, keepdim=True) / after.clamp(min=_TINY) / factor
+    # what is turned into nothing has no direction to go on in
+    return torch.where(after > 0, turned * ratio, hidden)
 
 
 OPERATIONS: dict[str, Callable[[torch.Tensor, Direction, torch.Tensor], torch.Tensor]] = {

@@ -88,6 +88,45 @@ def test_min_new_tokens_keeps_a_row_from_ending(attach):
     assert min(map(len, expected)) >= 6
 
 
+UNEQUAL = [prompt_ids(1, 4), *PROMPTS]
+FEW = {"suppress_tokens": [token for token in range(VOCAB_SIZE) if token not in (PAD, *range(30, 50))]}
+"""few tokens are left to choose among, padding's one of them"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_length": 8},
+        {"min_length": 10},
+        {"forced_bos_token_id": 77},
+        {"no_repeat_ngram_size": 1, **FEW},
+        {"encoder_no_repeat_ngram_size": 1, **FEW},
+        {"encoder_repetition_penalty": 9.0, **FEW},
+        {"sequence_bias": [[[2, 2, UNEQUAL[0][0], 40], 100.0]]},
+        {"bad_words_ids": [[2, 2, UNEQUAL[0][0], t] for t in range(3, 150)]},
+        {"repetition_penalty": 9.0, **FEW},
+        {"exponential_decay_length_penalty": (2, 3.0)},
+        {"begin_suppress_tokens": list(range(3, 150))},
+        {"min_new_tokens": 6},
+        {"forced_eos_token_id": 60},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_option_means_for_a_padded_row_what_it_means_for_the_row_alone(attach, options):
+    """Options that count what stands in a row, or look at it, see no padding."""
+    model = model_of("llama")
+    eos = transformers_tokens(model, UNEQUAL[:1])[0][2]
+    expected = [transformers_tokens(model, [prompt], eos, **copy.deepcopy(options))[0] for prompt in UNEQUAL]
+    model.generation_config.eos_token_id = eos
+    assert tokens(attach(model), UNEQUAL, **options) == expected
+
+
+def test_a_length_that_counts_the_prompt_is_refused_with_the_one_that_does_not(attach):
+    """It was left aside without a word: max_new_tokens is always given."""
+    with pytest.raises(UserError, match=r"^max_length counts the prompt and its padding; give max_new_tokens=N"):
+        attach(model_of("llama")).generate(PROMPTS, 10, max_length=4)
+
+
 def test_stop_strings_end_a_row(attach):
     model = model_of("llama")
     session, tokenizer = attach(model), tiny_tokenizer()

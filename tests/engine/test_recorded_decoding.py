@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from adapters import put_on
 from recorded_operations import OperationRecorder
 from steered_runs import (
     PAD,
@@ -139,6 +140,20 @@ def test_another_shape_is_recorded_anew(recorded, other):
     run = run_engine(engine, PROMPTS, steering, new_tokens=8)
     assert recorder.recorded >= 2
     assert_is_plain(engine, "llama", run, lambda row: [PlainWrite(1, V, COEFFICIENTS[row])])
+
+
+def test_an_adapter_that_is_switched_is_recorded_anew():
+    model = endless_model("llama")
+    (adapter,) = put_on(model, ["model.layers.1.mlp.up_proj"])
+    engine = Engine(Runner.of(model, PAD), recorder=OperationRecorder())
+    recorder, runs = engine.runs.workspaces._recorder, {}
+    for active in (["default"], ["other"], [], ["default"]):
+        adapter.active_adapters = active
+        run = run_engine(engine, PROMPTS, new_tokens=8)
+        assert_is_plain(engine, "llama", run, lambda row: [])
+        runs[str(active)] = run.sampled
+    assert recorder.recorded == 4
+    assert len({str(sampled) for sampled in runs.values()}) == 3
 
 
 def test_coefficients_of_zero_are_no_steering_to_the_bit(recorded):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from dense_reference import FAMILY
 from inner_sites import POST_NORM, SCALES, states_by_name
+from shrunken_models import shrunken_model
 from tiny_models import prompt_ids, tiny_model
 
-from nblens.errors import UserError
+from nblens.errors import UnsupportedModelError, UserError
 
 PROMPT = prompt_ids(11)
 TARGETS = [5, 150, PROMPT[3]]
@@ -151,3 +152,11 @@ def test_frame_and_figure_hold_every_number(attach):
     np.testing.assert_allclose(heights, expected)
     with pytest.raises(UserError, match="position 11 is outside these 11 tokens"):
         parts.plot(11)
+
+
+def test_a_family_without_additive_parts_is_refused_in_one_line(attach):
+    """Its final norm takes four streams, and raised an error of its own."""
+    session = attach(shrunken_model("qwen4_exp_text"))
+    with pytest.raises(UnsupportedModelError, match=r"^qwen4_exp_text: its final \w+ is no norm of a stream of 64 dim"):
+        session.attribute(PROMPT, [5])
+    assert session.lens(PROMPT).n_tokens == 11

@@ -171,7 +171,8 @@ def test_probing_is_a_handful_of_tiny_passes():
     architecture = find_architecture(model)
     assert passes == [16, 16]
     find_batching(model, architecture)
-    assert passes[2:] == [16, 6, 6, 2]
+    # in one pass, in steps of a padded batch, at far and at near positions, and two requests one after the other
+    assert passes[2:] == [16, 6, 6, 2, 8, 8, 3, 1]
 
 
 def test_probing_leaves_no_hook_behind():

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from inner_sites import MODULES, PARALLEL, POST_NORM, SCALES, sites_of, states_by_name
+from inner_sites import (
+    HUGE_DIMENSION,
+    MODULES,
+    PARALLEL,
+    POST_NORM,
+    SCALES,
+    give_a_huge_dimension,
+    sites_of,
+    states_by_name,
+)
 from tiny_models import N_BLOCKS, prompt_ids, tiny_model
 from torch import nn
 
@@ -20,10 +29,34 @@ def model_of(family, **options):
     return tiny_model(family, **more, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def with_a_huge_dimension(family, dtype):
+    model = model_of(family)
+    ids = torch.tensor([prompt_ids(40, seed) for seed in range(4)])
+    give_a_huge_dimension(model, find_architecture(model).tail[0], ids)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", MODULES)
 def test_every_site_of_every_family_is_found_at_its_module(family, dtype):
-    model = model_of(family, dtype=dtype)
+    assert_all_are_found(model_of(family, dtype=dtype))
+
+
+# The others' norms stand elsewhere, or have no bias to take off what a huge dimension leaves in all others
+_PRE_NORM = [family for family in MODULES if family not in {"olmo2", "cohere", *POST_NORM}]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", _PRE_NORM)
+def test_every_site_is_found_beside_a_dimension_whose_rounding_is_larger_than_all_that_is_added(family, dtype):
+    assert_all_are_found(with_a_huge_dimension(family, dtype))
+
+
+def assert_all_are_found(model):
+    family = model.config.model_type
     architecture = find_architecture(model)
     for block, sites in enumerate(SiteMap(model, architecture).blocks):
         root = architecture.blocks[block]
@@ -33,6 +66,29 @@ def test_every_site_of_every_family_is_found_at_its_module(family, dtype):
         assert set(sites.found) | set(sites.missing) == set(INNER_SITES)
         for site in ("attn_out", "mlp_out"):
             assert sites.found[site].scale == SCALES.get(family, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma2", "falcon"])
+def test_beside_a_huge_dimension_contributions_add_up_as_the_type_rounds(attach, family, dtype):
+    session = attach(with_a_huge_dimension(family, dtype))
+    states = {site: x.double() for site, x in session.capture(PROMPTS[0], sites=sites_of(family)).items()}
+    parts = [states[site] for site in ("resid_pre", "attn_out", "mlp_out")]
+    assert parts[0][..., HUGE_DIMENSION].abs().min() > 4000
+    rounding = torch.finfo(dtype).eps * sum(part.abs() for part in [*parts, states["resid_post"]])
+    assert ((states["resid_post"] - sum(parts)).abs() <= rounding).all()
+    attributed = session.attribute(PROMPTS[0], [5, 150])
+    largest = max(abs(attributed.contributions[site]).max() for site in ("attn_out", "mlp_out"))
+    assert abs(attributed.remainder).max() < 16 * torch.finfo(dtype).eps * max(largest, abs(attributed.logits).max())
+    if "ln2_out" in sites_of(family):
+        session.vectors["v"] = _vector(session, torch.linspace(-1, 1, 32), "ln2_out")
+        plain, steered = (
+            session.capture(PROMPTS[0], sites=("ln2_out", "resid_post"), steer=steer)
+            for steer in ({}, [Steer("v", 2.0, layers=1)])
+        )
+        change = (steered["ln2_out"][1] - plain["ln2_out"][1]).float()
+        torch.testing.assert_close(change, 2 * torch.linspace(-1, 1, 32).expand_as(change), rtol=0, atol=0.06)
+        assert (steered["resid_post"][2] - plain["resid_post"][2]).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("family", MODULES)

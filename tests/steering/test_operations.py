@@ -233,3 +233,84 @@ def test_what_is_no_operation_or_position_is_refused(arguments, message):
 )
 def test_ranges_are_kept_as_text_with_both_ends(given, kept):
     assert Steer("v", 1.0, write=given).write == kept
+
+
+HUGE, SMALL = 3.4e38, 1e-38
+
+
+def applied(op, hidden, vector, coefficient, scale=1.0, dtype=torch.float32):
+    """One token through a bank, (d_model,)."""
+    bank = SteeringBank([SteeringWrite("v", "resid_post", {0: vector}, (coefficient,), op=op)], 1, dtype)
+    bank.begin(range(1), Batch.of([[1]], 0, torch.device("cpu")))
+    return bank.editor("resid_post", 0, scale)(torch.as_tensor(hidden, dtype=dtype)[None, None])[0, 0]
+
+
+@pytest.mark.parametrize("coefficient", [1e18, 1e19, 1e30, HUGE, -1e19, -HUGE])
+@pytest.mark.parametrize("length", [1e-30, 1e-3, 1.0, 3e19, 1e37])
+def test_a_turn_of_any_strength_ends_at_the_vector_and_at_the_length_of_what_was_turned(coefficient, length):
+    hidden, vector = direction(5, norm=7.0), direction(0, norm=1.0) * np.float32(length)
+    u, h = (x.astype(np.float64) for x in (direction(0, norm=1.0), hidden))
+    turned = h + coefficient * length * u
+    expected = torch.from_numpy((turned / np.linalg.norm(turned) * np.linalg.norm(h)).astype(np.float32))
+    torch.testing.assert_close(applied("rotate", hidden, vector, coefficient), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1e-44, 1e-30, 1e-21, 1e-19, 1.0, 1e19, 1e30, 1e38])
+def test_what_is_ablated_does_not_depend_on_the_length_of_the_vector(length):
+    """Its square leaves float32 at both ends."""
+    hidden = torch.from_numpy(direction(5, norm=7.0))
+    vector = np.zeros(32, np.float32)
+    vector[[3, 8]] = length  # halves of its digits are lost below 1e-38: the direction is not
+    u = torch.zeros(32)
+    u[[3, 8]] = 0.5**0.5
+    for coefficient in (1.0, -2.0):
+        ours = applied("ablate", hidden, vector, coefficient)
+        torch.testing.assert_close(ours, hidden - coefficient * (hidden @ u) * u, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(applied("ablate_add", hidden, vector, 0.0), hidden - (hidden @ u) * u)
+    coefficient = min(1.0, 1e30 / length)
+    bound = coefficient * length * 2**0.5
+    clamped = applied("clamp", hidden, vector, coefficient)
+    assert (clamped @ u).item() == pytest.approx(max(bound, (hidden @ u).item()), rel=1e-5)
+
+
+@operations
+@pytest.mark.parametrize("coefficient", [1e30, HUGE, -HUGE, 1e-45, -1e-45, SMALL])
+@pytest.mark.parametrize("length", [0.0, 1e-44, 1e-30, 1.0])
+def test_an_extreme_strength_makes_no_nan(op, coefficient, length):
+    """Elements that a vector leaves alone stay as they are, and inf stands only where the sum is beyond float32."""
+    hidden, vector = torch.from_numpy(direction(5, norm=7.0)), np.zeros(32, np.float32)
+    vector[:4] = length
+    ours = applied(op, hidden, vector, coefficient)
+    assert not ours.isnan().any()
+    if op != "rotate" or length * abs(coefficient) < 1e-6:
+        torch.testing.assert_close(ours[4:], hidden[4:])
+    along = (hidden[:4].double().sum() / 2).item() if length else 0.0
+    u = torch.zeros(32, dtype=torch.float64)
+    u[:4] = 0.5
+    strength = coefficient * float(np.float32(length)) * 2
+    expected = {
+        "ablate": hidden - coefficient * along * u,
+        "ablate_add": hidden + (strength - along) * u,
+        "clamp": hidden + ((max if coefficient > 0 else min)(along, strength) - along) * u,
+    }
+    if op in expected and length:
+        torch.testing.assert_close(ours, expected[op].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_turned_into_nothing_stays():
+    """It has no direction to go on in; its length over none was NaN."""
+    vector = np.full(32, 2.0, np.float32)
+    assert torch.equal(applied("rotate", vector, vector, -1.0), torch.from_numpy(vector))
+    assert torch.equal(applied("rotate", vector * 0, vector, 1.0), torch.zeros(32))
+
+
+@operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-25, 1e25, 1e37])
+def test_activations_of_any_size_are_steered_by_the_formula(op, dtype, size):
+    hidden = torch.from_numpy(direction(5, norm=1.0)).mul(size).to(dtype)
+    vector = direction(0, norm=1.0) * np.float32(size)
+    expected = PlainWrite(0, vector, -1.5, op=op).applied(hidden[None].double(), 1)[0]
+    ours = applied(op, hidden, vector, -1.5, dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(ours.double() / size, expected / size, rtol=tolerance, atol=tolerance)
