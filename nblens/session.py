@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ __all__ = ["Session", "inside"]
 
 
 class Session:
-    """One model, and everything that can be asked of it. Made by `load` and `attach`.
+    """One model, and everything that can be asked of it. Made by `load` and `attach`; several may be there at once.
 
     >>> session = nblens.load()
     >>> traj = session.lens("The capital of France is", top_k=3)
@@ -86,7 +87,9 @@ class Session:
         self.tokenizer = tokenizer
         self.placement = placement
         self.vectors = VectorStore(architecture.n_blocks, architecture.d_model)
-        self.steer = LiveSteering(self.vectors, self._send)
+        self.steer = LiveSteering(
+            self.vectors, lambda coefficients: backend.steer({live_name(key): c for key, c in coefficients.items()})
+        )
         self.lenses = LensStore(architecture.n_blocks, architecture.d_model)
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
@@ -96,6 +99,9 @@ class Session:
         texts = TokenTexts(tokenizer)
         client = Client(backend, self.lenses, lambda spec: RunResult(spec, architecture, placement.model, texts))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
+        # a session that nobody holds any more frees its model at once, so nothing that it holds may hold it
+        self._end = weakref.finalize(self, backend.close)
+        self._end.atexit = False
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -128,9 +134,16 @@ class Session:
         # first let go, then wait for what runs: Ctrl-C may end the wait, and must not leave half a session
         backend, self._inside, self._model = self.backend, None, None
         if backend is not None:
+            self._end.detach()
             backend.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError(
+            "a session cannot be copied or pickled: it runs a model in this process; what it made can be saved "
+            "(.save), and another process loads a model of its own with nblens.load()"
+        )
 
     def __repr__(self) -> str:
         if self._inside is None:
@@ -801,10 +814,6 @@ class Session:
         self.vectors[vector.name] = vector
         self._measured[vector.name] = self.vectors[vector.name], report
         return report
-
-    def _send(self, coefficients: Mapping[str, float | None]) -> None:
-        if self.backend is not None:
-            self.backend.steer({live_name(key): c for key, c in coefficients.items()})
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
