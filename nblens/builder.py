@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, encode, single_token
-from nblens.options import SITE, Prompt, check_generation, several_sites
+from nblens.options import SITE, Prompt, check_generation, listed, plain_options, several_sites
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
@@ -185,7 +186,7 @@ class RequestBuilder:
     def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
         if not isinstance(targets, (str, Integral, Iterable)):
             raise UserError(f"targets must be tokens, as text or ids, got {targets!r}")
-        wanted = [targets] if isinstance(targets, (str, Integral)) else list(targets)
+        wanted = [targets] if isinstance(targets, (str, Integral)) else listed("targets", targets)
         return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
     def capture(
@@ -223,7 +224,7 @@ class RequestBuilder:
         if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
         seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
-        return GenerationSpec(int(max_new_tokens), float(temperature), seeds, dict(options or {}))
+        return GenerationSpec(int(max_new_tokens), float(temperature), seeds, plain_options(options or {}))
 
     def answers(self, samples: Sequence[Sample], *, chat: bool) -> list[AnsweredPrompt]:
         """Samples as token ids: prompt, positive answer, negative answer."""
@@ -322,7 +323,7 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
             raise UserError(f"positions {spec!r}: {error}") from None
     if isinstance(spec, bool) or not isinstance(spec, (Integral, Iterable)):
         raise UserError(f"positions must be indices, a slice or a name, got {spec!r}")
-    indices = [spec] if isinstance(spec, Integral) else list(spec)
+    indices = [spec] if isinstance(spec, Integral) else listed("positions", spec, 10_000_000)
     if bad := [i for i in indices if not isinstance(i, Integral) or not -prompt_length <= int(i) < len(fed)]:
         raise UserError(f"position {bad[0]!r} is outside a text of {len(fed)} tokens")
     return tuple(sorted({int(i) + (prompt_length if i < 0 else 0) for i in indices}))
@@ -331,7 +332,7 @@ def _positions(spec: Any, prompt_length: int, generate: int) -> tuple[int, ...]:
 def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(metrics, Iterable):
         raise UserError(f"metrics must be names, or none: (), got {metrics!r}")
-    names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    names = (metrics,) if isinstance(metrics, str) else tuple(listed("metrics", metrics))
     if unknown := [name for name in names if name not in LENS_METRICS]:
         raise UserError(f"metric {unknown[0]!r} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()")
     return names
@@ -339,16 +340,19 @@ def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
     """A seed for each row."""
-    seeds = (seed,) * rows if isinstance(seed, Integral) or not isinstance(seed, Iterable) else tuple(seed)
+    seeds: tuple[Any, ...] = (seed,) * rows
+    if isinstance(seed, Iterable):
+        seeds = tuple(islice(seed, rows + 1))  # of what may have no end
     if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
         raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if len(seeds) != rows:
-        raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {len(seeds)} numbers")
+        number = len(seed) if isinstance(seed, Sized) else len(seeds) if len(seeds) < rows else "more"
+        raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {number} numbers")
     return tuple(int(s) for s in seeds)
 
 
 def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:
-    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(sites)
+    names = (sites,) if isinstance(sites, str) or not isinstance(sites, Iterable) else tuple(listed("sites", sites))
     if not all(isinstance(name, str) for name in names):
         raise UserError(f"sites must be names such as resid_post, got {sites!r}")
     if not names:

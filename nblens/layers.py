@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 from nblens.errors import UserError, shown
 
 __all__ = ["format_layers", "parse_layers"]
+
+_MOST_ITEMS = 100_000  # of a spec; some iterables have no end
 
 _INDEX = r"(-?[0-9]{1,9})"
 _RANGE = re.compile(rf"{_INDEX}?\s*-\s*{_INDEX}?")
@@ -78,11 +81,13 @@ def _resolve(spec: Any, n_blocks: int) -> Iterable[int]:
     except TypeError:
         pass
     try:
-        items = list(spec)
+        items = list(islice(spec, _MOST_ITEMS + 1))
     except TypeError:
         raise UserError(
             f'layers {shown(spec)} cannot be read; give an int, a slice or a string such as "0-4,-1"'
         ) from None
+    if len(items) > _MOST_ITEMS:
+        raise UserError(f"layers {shown(spec)} are more than {_MOST_ITEMS}")
     return [block for item in items for block in _resolve(item, n_blocks)]
 
 
