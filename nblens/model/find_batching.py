@@ -18,6 +18,7 @@ from nblens.model.architecture import Architecture, input_device, probe_ids, pro
 from nblens.model.batching import Batching
 from nblens.model.generation import Batch, Observer, SteppingLoop, cache_name, new_cache, takes
 from nblens.model.hooks import HookPoint, Instrumentation
+from nblens.model.quantization import outlier_threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ __all__ = ["find_batching"]
 
 _PROMPT = 7  # tokens: two steps of three, one of one; or one of six, one of one
 _STEP = 3
+_MOST_BY_SHAPE = 2**-5  # of the logits' spread: no rounding, however coarse the numbers, moves them further
 
 
 @torch.no_grad()
@@ -43,8 +45,13 @@ def find_batching(model: PreTrainedModel, architecture: Architecture, pad_id: in
         raise UnsupportedModelError(f"{type(model).__name__} keeps no cache that a run could go on from")
     plain = probe_logits(model)
     failure = ""
+    allowed: float | None = None
     for way in _ways(model):
-        failure = _mismatch(model, architecture, plain, way, pad_id)
+        failure = _mismatch(model, architecture, plain, way, pad_id, allowed or _allowed(architecture.dtype))
+        if failure and allowed is None:  # what rounds by its shape shows it without a cache too
+            allowed = _allowed_by_shape(model, plain, _allowed(architecture.dtype))
+            if allowed > _allowed(architecture.dtype):
+                failure = _mismatch(model, architecture, plain, way, pad_id, allowed)
         if not failure:
             return way
     raise UnsupportedModelError(f"{type(model).__name__} {_explain(model, plain, failure)}")
@@ -76,7 +83,7 @@ def _has_own_cache(model: PreTrainedModel) -> bool:
 
 
 def _mismatch(
-    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
+    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int, allowed: float
 ) -> str:
     """Say what is wrong with a way of feeding; empty when it gives the logits of the plain pass."""
     first, second = probe_ids(model)[:, :_PROMPT].tolist()
@@ -95,7 +102,7 @@ def _mismatch(
     logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(last)))
     for row, prompt in enumerate(prompts):
         off = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
-        if not off <= _allowed(architecture.dtype):
+        if not off <= allowed:
             return (
                 "gives other logits when it goes on from its cache than in one pass "
                 f"(they differ by {off:.2g} of their spread)"
@@ -103,12 +110,41 @@ def _mismatch(
     return ""
 
 
+def _allowed_by_shape(model: PreTrainedModel, plain: torch.Tensor, allowed: float) -> float:
+    """Give what is allowed of a model that gives other logits in plain passes of other lengths.
+
+    Kernels of quantized weights are chosen by shape, and round by bits of half precision in some.
+    """
+    if _reads_ahead(model, plain):
+        return allowed
+    off = max(_off_at(model, plain, width) for width in (1, _STEP, _PROMPT - 1, _PROMPT))
+    return max(allowed, 2 * off) if off <= _MOST_BY_SHAPE else allowed
+
+
+def _off_at(model: PreTrainedModel, plain: torch.Tensor, width: int) -> float:
+    """How far a plain pass over the first tokens alone is from the one over all."""
+    shorter = model(input_ids=probe_ids(model)[:, :width].to(input_device(model)), use_cache=False).logits
+    return _relative_error(shorter, plain[:, :width]) if shorter.shape[1] == width else float("inf")
+
+
+def _reads_ahead(model: PreTrainedModel, plain: torch.Tensor) -> bool:
+    """Tell whether logits change with a token after them, in a pass of the same shape."""
+    ids = probe_ids(model)
+    ids[:, -1] = ids[:, 0]
+    changed = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    return not _relative_error(changed[:, :-1], plain[:, :-1]) <= _allowed(plain.dtype)
+
+
 def _explain(model: PreTrainedModel, plain: torch.Tensor, failure: str) -> str:
     """Say why no way of feeding gave the logits of the plain pass: something about the model, else the last failure."""
     if _relative_error(probe_logits(model), plain) > _allowed(plain.dtype):
         return "gives other logits each time it runs"
-    shorter = model(input_ids=probe_ids(model)[:, :_PROMPT].to(input_device(model)), use_cache=False).logits
-    if shorter.shape[1] != _PROMPT or _relative_error(shorter, plain[:, :_PROMPT]) > _allowed(plain.dtype):
+    if threshold := outlier_threshold(model):
+        return (
+            f"takes outliers apart in 8 bits (llm_int8_threshold={threshold:g}), so that its logits at a token change "
+            "with the tokens beside it; set that to 0.0 in its quantization_config"
+        )
+    if _reads_ahead(model, plain) or _off_at(model, plain, _PROMPT) > _allowed(plain.dtype):
         return "is no causal decoder: its logits at a token change with the tokens after it"
     return failure
 
