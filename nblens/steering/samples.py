@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nblens.errors import FileFormatError, UserError, first_line
-from nblens.files import plain_file
+from nblens.files import expanded, plain_file
 from nblens.model.tokens import check_characters
 
 __all__ = ["Pair", "Sample", "as_pairs", "as_samples", "balanced", "letter_of"]
@@ -146,7 +146,7 @@ def _letter(number: int, answer: str) -> str:
 def _rows(source: Any, what: str) -> Iterator[tuple[str, Any]]:
     """Each row, and what it is called in an error."""
     if isinstance(source, (str, os.PathLike)):
-        yield from _file_rows(Path(source).expanduser())
+        yield from _file_rows(expanded(source))
     elif hasattr(source, "columns") and hasattr(source, "to_dict"):
         _layout(list(source.columns), "a data frame")
         for number, row in enumerate(source.to_dict("records"), 1):
