@@ -228,6 +228,7 @@ def test_a_tokenizers_padding_beyond_the_vocabulary_is_not_fed(attach):
     tokenizer.pad_token = "<more49>"
     assert tokenizer.pad_token_id >= VOCAB_SIZE
     session = attach(tiny_model("llama"), tokenizer)
+    assert session.backend._engine.runner.batching.rows == "padded"
     texts = session.lens(["the cat", "the cat sat on the mat"])
     assert texts[0].tokens == session.lens("the cat").tokens
 

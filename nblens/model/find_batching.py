@@ -118,7 +118,7 @@ def _allowed_by_shape(model: PreTrainedModel, plain: torch.Tensor, allowed: floa
     if _reads_ahead(model, plain):
         return allowed
     off = max(_off_at(model, plain, width) for width in (1, _STEP, _PROMPT - 1, _PROMPT))
-    return max(allowed, 2 * off) if off <= _MOST_BY_SHAPE else allowed
+    return max(allowed, 4 * off) if off <= _MOST_BY_SHAPE else allowed  # one step's rounding goes on in the next
 
 
 def _off_at(model: PreTrainedModel, plain: torch.Tensor, width: int) -> float:
