@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
 from nblens.model.tokens import as_prompts, encode, single_token
-from nblens.options import SITE, Prompt, check_generation, listed, several_sites
+from nblens.options import SITE, Prompt, check_generation, listed, plain_options, several_sites
 from nblens.specs import (
     LENS_KINDS,
     LENS_METRICS,
@@ -231,7 +231,7 @@ class RequestBuilder:
         if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
             raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
         seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
-        return GenerationSpec(int(max_new_tokens), float(temperature), seeds, dict(options or {}))
+        return GenerationSpec(int(max_new_tokens), float(temperature), seeds, plain_options(options or {}))
 
     def answers(self, samples: Sequence[Sample], *, chat: bool) -> list[AnsweredPrompt]:
         """Samples as token ids: prompt, positive answer, negative answer."""
@@ -367,7 +367,8 @@ def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
     if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
         raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if len(seeds) != rows:
-        raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {len(seeds)} numbers")
+        number = len(seed) if isinstance(seed, Sized) else len(seeds) if len(seeds) < rows else "more"
+        raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {number} numbers")
     return tuple(int(s) for s in seeds)
 
 

@@ -38,9 +38,13 @@ class Client:
         self._lenses, self._empty = lenses, empty
         self._placed: dict[str, Lens] = {}
 
-    def over(self, backend: Backend) -> Client:
-        """The same over another backend, to which no lens has been sent."""
-        return Client(backend, self._lenses, self._empty)
+    def renew(self, backend: Backend, empty: Callable[[RunSpec], RunResult]) -> None:
+        """Go on over another backend, to which no lens has been sent."""
+        self.backend, self._empty, self._placed = backend, empty, {}
+
+    def close(self) -> None:
+        """End the backend."""
+        self.backend.close()
 
     def events(
         self, spec: Request, watch: Callable[[Event], object] = lambda event: None

@@ -34,6 +34,7 @@ __all__ = [
     "WorkerError",
     "escaped",
     "first_line",
+    "is_out_of_memory",
     "shown",
 ]
 
@@ -121,6 +122,14 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """What an error says, cut to one line, for a message that quotes it."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether it is CUDA's or numpy's error, or one of two plain `RuntimeError`s of the CPU allocator."""
+    cpu = ("not enough memory", "can't allocate memory")
+    # by its name: this file is there before torch is
+    torchs = isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError"
+    return torchs or isinstance(error, MemoryError) or any(words in str(error) for words in cpu)
 
 
 def shown(value: object) -> str:

@@ -12,7 +12,15 @@ import numpy as np
 
 from nblens.errors import FileFormatError, UserError
 
-__all__ = ["plain_file", "read_safetensors", "replace_file", "temporary_beside", "umask", "write_safetensors"]
+__all__ = [
+    "expanded",
+    "plain_file",
+    "read_safetensors",
+    "replace_file",
+    "temporary_beside",
+    "umask",
+    "write_safetensors",
+]
 
 _KEPT = 60  # characters of a name that its temporary name repeats: a longer one would not fit beside it
 
@@ -30,7 +38,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
     """Read arrays and metadata; `FileFormatError` when the file is not sound safetensors."""
     from safetensors import SafetensorError, safe_open
 
-    with plain_file("read", path):
+    with plain_file("read", path) as path:
         try:
             with safe_open(path, framework="np") as file:
                 names = file.keys()
@@ -41,6 +49,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray
             raise FileFormatError(f"{path} is not a sound safetensors file: {error}") from error
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder in the place of `~`; a home that nobody has stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def plain_file(verb: str, path: str | os.PathLike[str]) -> Iterator[Path]:
     """Open, read or write `path` inside; what the system refuses becomes a `UserError`: "cannot {verb} {path}: …".
@@ -49,7 +62,7 @@ def plain_file(verb: str, path: str | os.PathLike[str]) -> Iterator[Path]:
     replaced by a file.
     """
     try:
-        path = Path(path)
+        path = expanded(path)
         if b"\0" in os.fsencode(path):
             raise UserError(f"cannot {verb} {path}: its name holds a null character")
         if path.is_dir():

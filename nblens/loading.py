@@ -1,11 +1,13 @@
-"""Loading: the one session-wide model, and how it changes."""
+"""Loading: sessions of models, the newest of which is the current one."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,18 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.backends.backend import Backend
-from nblens.backends.local import LocalBackend
+from nblens.backends.local import LocalBackend, turn_of
 from nblens.engine.engine import Engine
 from nblens.engine.memory import nothing_kept
 from nblens.engine.numerics import weights_checked
 from nblens.engine.runner import Runner
 from nblens.errors import DoesNotFitError, NoModelError, UserError
-from nblens.model.architecture import Architecture
+from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.modes import uncompiled
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
-from nblens.planning.checkpoint import DEMO_MODEL, check_files, read_by_libraries, read_config, source_of
+from nblens.planning.checkpoint import (
+    DEMO_MODEL,
+    WITHOUT_ADAPTER,
+    check_config,
+    check_files,
+    check_token_ids,
+    has_adapter,
+    read_by_libraries,
+    read_config,
+    source_of,
+)
 from nblens.planning.devices import is_description, limits_here
 from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
@@ -38,14 +50,15 @@ if TYPE_CHECKING:
 __all__ = ["DEMO_MODEL", "attach", "current", "load"]
 
 _current: Session | None = None
-_loaded: Session | None = None
+_loaded: weakref.ref[Session] | None = None
 """the last that `load` made: its model is freed when another is loaded, one that was attached stays the caller's"""
 _lock = threading.Lock()
+_logger = logging.getLogger("nblens")
 
 
 @nothing_kept
 def load(
-    model: str | None = None,
+    model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -58,6 +71,7 @@ def load(
     ep: int = 1,
     ray: str | None = None,
     trust_remote_code: bool = False,
+    keep: bool = False,
 ) -> Session:
     """Load a causal LM and make it the session-wide model.
 
@@ -68,11 +82,11 @@ def load(
     >>> session = nblens.load("meta-llama/Llama-3.1-70B", tp=8)  # doctest: +SKIP
 
     The configuration and the tokenizer are read first, and what goes where is planned; only when all is sound and
-    fits is the model that was loaded before freed.
+    fits is the model that was loaded before freed. A line says so; a model that was attached stays, with its session.
 
     Parameters
     ----------
-    model : str, optional
+    model : str or os.PathLike, optional
         A Hugging Face model id or a folder. None: the small model that comes with nblens.
     revision : str, optional
         Branch, tag or commit of the model.
@@ -100,6 +114,8 @@ def load(
         Address of the Ray cluster that runs these processes. None: this machine.
     trust_remote_code : bool
         Run code that comes with the model. Off unless asked for, and never remembered.
+    keep : bool
+        Keep the model that was loaded before, with its session, beside this one. `Session.unload` frees either.
 
     Raises
     ------
@@ -107,6 +123,8 @@ def load(
         There is no such model, or an option is wrong.
     DoesNotFitError
         It is too large for the devices; `nblens.plan` tells the same without loading.
+    DeviceMemoryError
+        Memory ran out all the same while weights were read.
     UnsupportedModelError
         The model's parts could not be found, or its readout is not the model's own.
     WorkerError
@@ -116,34 +134,38 @@ def load(
 
     global _loaded
     began = time.perf_counter()
-    source = source_of(model)
+    source, name = source_of(model), DEMO_MODEL if model is None else os.fspath(model)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = read_config(model, **where)
     with read_by_libraries(model):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    check_files(source)
+    check_files(source, config)
     tp = tensor_ranks(tp, ep)
     check_parallel(config, tp=tp, pp=pp, ep=ep)
     spread = tp > 1 or pp > 1
     if spread or ray is not None:
         placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
-        _check_spread(spread, **placed, quantization=quantization)
-    name = model or DEMO_MODEL
+        _check_spread(spread, **placed, quantization=quantization, keep=keep and _is_spread(_loaded_before()))
+    if offload_dir is not None:
+        offload_dir = os.path.expanduser(offload_dir)
     setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
     checkpoint = Checkpoint(name, config, source, **where)
     if spread:
         if _runs_here(ray):
-            _checked_plan(checkpoint, setting, devices, max_memory)
-        _unload_current()
-        order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep}
+            _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
+        _make_room(name, keep=keep)
+        order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep, "more": WITHOUT_ADAPTER}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
     else:
-        options = _as_planned(_checked_plan(checkpoint, setting, devices, max_memory))
-        _unload_current()
+        options = _as_planned(_checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep)))
+        _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
-        session = _loaded = _adopt(hf_model, tokenizer, name=name, began=began)
+        session = _adopt(hf_model, tokenizer, name=name, began=began)
+    _loaded = weakref.ref(session)
+    if has_adapter(source):
+        _logger.warning("%s holds an adapter (adapter_config.json) beside the model, which is loaded without it", name)
     if model is None:
         from nblens.demo.corpus import neutral_texts
 
@@ -161,6 +183,9 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
 
     The model stays the caller's and as it is: hooks exist, and evaluation mode holds, only while a request runs. A
     part that is exchanged later, an adapter or a resized vocabulary is found at the next request, and proven anew.
+
+    Sessions that are there already stay as they are, with their panels and grids: each reads its own
+    model, and magics take the newest. One that nobody holds any more is unloaded.
 
     Parameters
     ----------
@@ -180,7 +205,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
 
 
 def current() -> Session:
-    """The session-wide model.
+    """The session-wide model: the newest, which magics read.
 
     >>> nblens.current() is session
     True
@@ -196,6 +221,9 @@ def current() -> Session:
 
 
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
+    check_config(hf_model.config)
+    if (generation := getattr(hf_model, "generation_config", None)) is not None:
+        check_token_ids(generation)
     served = _Served(hf_model, tokenizer)
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, served.architecture, name=name, seconds=seconds)
@@ -217,12 +245,14 @@ class _Served:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._turn = turn_of(model)
         self._unproven = ""  # what had changed when proving failed, or was interrupted
         self._runner = self._proven()
 
     def _proven(self) -> Runner:
-        with weights_checked(self._model):
-            return Runner.of(self._model, pad_id=_pad_id(self._tokenizer), tokenizer=self._tokenizer)
+        pad_id = _pad_id(self._tokenizer, self._model.config)
+        with self._turn, weights_checked(self._model):
+            return Runner.of(self._model, pad_id, self._tokenizer)
 
     @property
     def architecture(self) -> Architecture:
@@ -231,7 +261,7 @@ class _Served:
 
     def backend(self) -> LocalBackend:
         """A new one over the model as it was proven last."""
-        return LocalBackend(Engine(self._runner))
+        return LocalBackend(Engine(self._runner), turn=self._turn)
 
     def renewed(self, backend: Backend) -> Renewed | None:
         """Close the backend of a model that was changed, and prove it as it is now; None: it was not changed."""
@@ -262,21 +292,30 @@ def _adopt_spread(
     from nblens.backends.rank import LoadOrder
     from nblens.backends.ray_cluster import RayBackend
 
-    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer)), address=address)
+    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer, config)), address=address)
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
 
 
-def _unload_current() -> None:
-    if _current is not None:
-        _current.unload()
+def _loaded_before() -> Session | None:
+    """What the last `load` made, if it is there still."""
+    session = None if _loaded is None else _loaded()
+    return session if session is not None and session.backend is not None else None
+
+
+def _make_room(name: str, *, keep: bool) -> None:
+    """Free what the last `load` made, unless it shall stay."""
+    before = _loaded_before()
+    if before is not None and not keep:
+        _logger.warning("%s is freed for %s; keep=True keeps both", before.placement.model, name)
+        before.unload()
 
 
 def _make_current(session: Session) -> Session:
     global _current
     with _lock:
-        _unload_current()
-        _current = session
+        before, _current = _current, session
+    del before  # not under the lock: where nobody else holds it, this waits for its thread
     return session
 
 
@@ -284,7 +323,7 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     """The model with its weights, in this process."""
     from transformers import AutoModelForCausalLM
 
-    options |= {"use_safetensors": True, "output_loading_info": True}
+    options |= {"use_safetensors": True, "output_loading_info": True, **WITHOUT_ADAPTER}
     with read_by_libraries(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     model: PreTrainedModel
@@ -295,10 +334,16 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
-def _check_spread(spread: bool, **refused: Any) -> None:
+def _is_spread(session: Session | None) -> bool:
+    return session is not None and isinstance(session.architecture, ModelFacts)
+
+
+def _check_spread(spread: bool, *, keep: bool, **refused: Any) -> None:
     """Refuse options that say where in one process a model sits, and to go on without Ray."""
     if not spread:
         raise UserError("ray=ADDRESS needs tp or pp: how many processes of the cluster share the model")
+    if keep:
+        raise UserError("keep=True keeps no model that is spread over processes beside another one; unload() it first")
     for option, given in refused.items():
         if given:
             raise UserError(f"{option} cannot be given with tp or pp, which put one process on each device")
@@ -333,23 +378,25 @@ def _checked_plan(
     setting: Setting,
     devices: str | Mapping[str, Any],
     max_memory: Mapping[int | str, int | str] | None,
+    freed: Mapping[str, int],
 ) -> Plan:
     """Plan what goes where on this machine; a model that does not fit is refused with the plan."""
     if is_description(devices):
         max_memory, devices = {**devices, **(max_memory or {})}, "auto"
     device_map = devices if isinstance(devices, Mapping) else None
-    limits = limits_here(devices, max_memory, _freed())
+    limits = limits_here(devices, max_memory, freed)
     planned = plan_of(checkpoint, limits, setting, device_map)
     if planned.fits is False:
         raise DoesNotFitError(f"{checkpoint.name} was not loaded: {planned.verdict}\n{planned}", planned)
     return planned
 
 
-def _freed() -> dict[str, int]:
+def _freed(*, keep: bool) -> dict[str, int]:
     """Bytes per device that are freed before weights are read."""
-    if _current is None or _current is not _loaded or _current.backend is None:
+    before = _loaded_before()
+    if before is None or keep:
         return {}
-    return {share.device: share.weight_bytes for share in _current.placement.devices}
+    return {share.device: share.weight_bytes for share in before.placement.devices}
 
 
 def _as_planned(planned: Plan) -> dict[str, Any]:
@@ -362,7 +409,8 @@ def _as_planned(planned: Plan) -> dict[str, Any]:
     return options
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill shorter rows with; it is masked, so any will do."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+def _pad_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """A token to fill shorter rows with; it is masked, so any that the model has will do."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    n_tokens = getattr(config.get_text_config(decoder=True), "vocab_size", 1)
+    return next((token for token in candidates if isinstance(token, int) and 0 <= token < n_tokens), 0)

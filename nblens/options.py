@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from itertools import islice
-from typing import Any, TypedDict
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from nblens.errors import UserError, shown
 from nblens.steering.vector_store import Steering
@@ -30,6 +32,7 @@ __all__ = [
     "either",
     "listed",
     "one_site",
+    "plain_options",
     "readable_again",
     "several_sites",
 ]
@@ -54,6 +57,16 @@ SITE = "resid_post"
 """The site that is meant where none is named."""
 
 _MOST, _MOST_STEERS = 1_000_000, 10_000  # of the values in one argument
+
+
+_LONGEST_NGRAM = 10_000  # transformers makes a list for each number below it
+_NUMBERS = {int: Integral, float: Real}
+_WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("True or False", "truths"),
+    str: ("a text", "texts"),
+}
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -87,6 +100,31 @@ class SamplingOptions(GenerationOptions, total=False):
     """These where no lens has a `top_k` of its own."""
 
     top_k: int
+
+
+class _EveryOption(SamplingOptions, total=False):
+    """These, and what goes unused where a loop decodes greedily or by sampling."""
+
+    encoder_no_repeat_ngram_size: int
+    min_length: int
+    max_length: int
+    encoder_repetition_penalty: float
+    forced_bos_token_id: int
+    bos_token_id: int
+    pad_token_id: int
+    temperature: float
+    num_beams: int
+    num_return_sequences: int
+    guidance_scale: float
+    length_penalty: float
+    use_cache: bool
+    token_healing: bool
+    output_attentions: bool
+    output_hidden_states: bool
+    output_scores: bool
+    output_logits: bool
+    return_dict_in_generate: bool
+    cache_implementation: str
 
 
 class RunOptions(TypedDict, total=False):
@@ -136,12 +174,23 @@ class UnexpectedKeywordError(UserError, TypeError):
 
 
 def check_generation(method: str, options: Mapping[str, Any], n_new: int) -> None:
-    """Raise `UserError` for options that transformers' generation has not, and where there is none."""
+    """Raise `UserError` for options that transformers' generation has not or that are no values of it."""
     if unknown := sorted(set(options) - _known_to_generation()):
         hint = f": option {unknown[0]!r} is unknown to transformers' GenerationConfig, too"
         raise UnexpectedKeywordError(method, unknown[0], hint)
     if options and not n_new:
         raise UserError(f"{method} option {min(options)!r} is one of generation, which needs max_new_tokens=N")
+    for name, value in plain_options(options).items():
+        kind = _kinds().get(name, Any)
+        if value is not None and not _is_of(value, kind):
+            raise UserError(f"{method} option {name!r} is {_in_words(kind)}, got {shown(options[name])}")
+        if name.endswith("ngram_size") and isinstance(value, int) and value > _LONGEST_NGRAM:
+            raise UserError(f"{method} option {name!r} is {_LONGEST_NGRAM} or less, got {shown(value)}")
+
+
+def plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with numbers and lists in the place of numpy's: transformers takes no others."""
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in options.items()}
 
 
 @cache
@@ -149,6 +198,42 @@ def _known_to_generation() -> frozenset[str]:
     from transformers import GenerationConfig
 
     return frozenset(GenerationConfig().to_dict())
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """Types of the options that are no text alone; transformers' class says none."""
+    return get_type_hints(_EveryOption)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Tell whether a value is of the kind of an annotation; True is no number."""
+    if kind is Any:
+        return True
+    if (origin := get_origin(kind)) is UnionType:
+        return any(_is_of(value, one) for one in get_args(kind))
+    if kind in _NUMBERS:
+        return isinstance(value, _NUMBERS[kind]) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, bool)
+    if origin is None:
+        return isinstance(value, kind)
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Collection):
+        return False
+    kinds = get_args(kind) if origin is tuple else get_args(kind) * len(value)
+    return len(kinds) == len(value) and all(map(_is_of, value, kinds))
+
+
+def _in_words(kind: Any, *, several: bool = False) -> str:
+    """An annotation as one would say it."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        return " or ".join(map(_in_words, parts))
+    if origin is tuple:
+        return f"({', '.join(map(_in_words, parts))})"
+    if origin is list:
+        return f"{'lists' if several else 'a list'} of {_in_words(parts[0], several=True)}"
+    return _WORDS[kind][several]
 
 
 def listed(what: str, values: Any, most: int = _MOST) -> list[Any]:

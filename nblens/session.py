@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ from nblens.options import (
 )
 from nblens.progress import progress_bar
 from nblens.results import Generation, RunResult, Sweep, fitted_lens, shaped
-from nblens.specs import LENS_METRICS, FitFinished, finished
+from nblens.specs import LENS_METRICS, FitFinished, RunSpec, finished
 from nblens.steering.extraction import Read
 from nblens.steering.live_steering import LiveSteering
 from nblens.steering.report import SteerabilityReport
@@ -75,7 +76,7 @@ class Renewed:
 
 
 class Session:
-    """One model, and everything that can be asked of it. Made by `load` and `attach`.
+    """One model, and everything that can be asked of it. Made by `load` and `attach`; several may be there at once.
 
     >>> session = nblens.load()
     >>> traj = session.lens("The capital of France is", top_k=3)
@@ -102,15 +103,21 @@ class Session:
         self.tokenizer = tokenizer
         self.placement = placement
         self.vectors = VectorStore(architecture.n_blocks, architecture.d_model)
-        self.steer = LiveSteering(self.vectors, self._send)
+        self.steer = LiveSteering(
+            self.vectors,
+            lambda coefficients: client.backend.steer({live_name(key): c for key, c in coefficients.items()}),
+        )
         self.lenses = LensStore(architecture.n_blocks, architecture.d_model)
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
         build = RequestBuilder(architecture, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
-        texts = TokenTexts(tokenizer)
-        client = Client(backend, self.lenses, lambda spec: RunResult(spec, self.architecture, placement.model, texts))
+        self._texts = TokenTexts(tokenizer)
+        client = Client(backend, self.lenses, _results(architecture, placement.model, self._texts))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
+        # a session that nobody holds any more frees its model at once, so nothing that it holds may hold it
+        self._end = weakref.finalize(self, client.close)
+        self._end.atexit = False
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -143,9 +150,16 @@ class Session:
         # first let go, then wait for what runs: Ctrl-C may end the wait, and must not leave half a session
         backend, self._inside, self._model, self._renew = self.backend, None, None, None
         if backend is not None:
+            self._end.detach()
             backend.close()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def __reduce__(self) -> NoReturn:
+        raise UserError(
+            "a session cannot be copied or pickled: it runs a model in this process; what it made can be saved "
+            "(.save), and another process loads a model of its own with nblens.load()"
+        )
 
     def __repr__(self) -> str:
         if self._inside is None:
@@ -820,10 +834,6 @@ class Session:
         self._measured[vector.name] = self.vectors[vector.name], report
         return report
 
-    def _send(self, coefficients: Mapping[str, float | None]) -> None:
-        if self.backend is not None:
-            self.backend.steer({live_name(key): c for key, c in coefficients.items()})
-
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -845,7 +855,13 @@ def inside(session: Session) -> tuple[RequestBuilder, Client]:
             raise NoModelError("this session was unloaded; run %load_sharded (or nblens.load()) again")
         build, client = session._inside
         if session._renew is not None and (renewed := session._renew(client.backend)) is not None:
-            build, client = replace(build, architecture=renewed.architecture), client.over(renewed.backend)
+            build = replace(build, architecture=renewed.architecture)
+            client.renew(renewed.backend, _results(build.architecture, session.placement.model, session._texts))
             session._inside = build, client
             warnings.warn(f"{renewed.what}: the model was proven anew", RuntimeWarning, stacklevel=3)
     return build, client
+
+
+def _results(architecture: Architecture | ModelFacts, model: str, texts: TokenTexts) -> Callable[[RunSpec], RunResult]:
+    """What gathers what a request gives."""
+    return lambda spec: RunResult(spec, architecture, model, texts)

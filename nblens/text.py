@@ -6,6 +6,7 @@ r"""Tokens, numbers and texts as a person sees them: the same in HTML, in figure
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ def percent(probability: float) -> str:
 
 
 def short_number(value: float) -> str:
-    """A number in at most three digits: `0.5`, `−1.2`, `12`, `10k`."""
+    """A number in at most three digits: `0.5`, `−1.2`, `12`, `10k`, `∞`."""
+    if abs(value) == math.inf:
+        return "∞" if value > 0 else "\u2212∞"
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
             return short_number(value / unit) + letter

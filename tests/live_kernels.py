@@ -129,6 +129,12 @@ class Kernel:
         """As the stop button does."""
         self._manager.interrupt_kernel()
 
+    def shut_down(self) -> int:
+        """Ask the process to end, as a front end does; give its exit status."""
+        process: Any = self._manager.provisioner.process  # type: ignore[union-attr]
+        self._client.shutdown()
+        return int(process.wait(SECONDS))
+
     def stop(self) -> None:
         """End the process."""
         self._client.stop_channels()

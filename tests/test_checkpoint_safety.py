@@ -1,5 +1,6 @@
 """Checkpoints of strangers: no code of theirs runs, nothing pickled is read, and damage leaves the model before."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import torch
 from hostile import RUN, TOKENS, Bomb, bounded, value_or_line
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import prompt_ids, tiny_model, tiny_tokenizer
+from tiny_models import VOCAB_SIZE, prompt_ids, tiny_model, tiny_tokenizer
 
 import nblens
 from nblens import DoesNotFitError, NblensError, UnsupportedModelError, UserError
@@ -130,6 +131,158 @@ def test_an_index_names_no_file_but_the_folders_own_safetensors(before, folder, 
     assert refused(folder) == (
         f"cannot load {str(folder)!r}: model.safetensors.index.json names {shard!r}, which is none of its *.safetensors"
     )
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin", 7])
+def test_a_configuration_that_names_a_pickle_beside_sound_weights_is_refused(before, folder, name, monkeypatch):
+    torch.save({"a": Bomb()}, folder / str(name))
+    change_config(folder, transformers_weights=name)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    message = refused(folder)
+    assert message.startswith(f"cannot load {str(folder)!r}: its weights are pickled ({name}), and to read such a file")
+    with pytest.raises(UserError, match="are pickled"):
+        nblens.plan(str(folder))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "missing.safetensors", "x/model.safetensors"])
+def test_a_configuration_names_no_weights_but_the_folders_own(before, folder, name):
+    shutil.copy(folder / "model.safetensors", folder.parent / "elsewhere.safetensors")
+    os.mkdir(folder / "x")
+    shutil.copy(folder / "model.safetensors", folder / "x")
+    change_config(folder, transformers_weights=name)
+    assert refused(folder) == (
+        f"cannot load {str(folder)!r}: its configuration names {name!r}, which is none of its *.safetensors"
+    )
+
+
+def write_adapter(folder, base="org/base"):
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+
+
+@pytest.mark.parametrize(("base", "named"), [("org/base", "'org/base'"), (None, "another model")])
+def test_an_adapter_without_its_model_is_called_one(before, folder, base, named):
+    os.remove(folder / "config.json")
+    write_adapter(folder, base)
+    assert refused(folder) == (
+        f"cannot load {str(folder)!r}: it is an adapter of {named}, not a model; merge it into that one first "
+        "(merge_and_unload() in peft), and load or attach what comes of it"
+    )
+
+
+def test_an_adapter_beside_a_model_is_left_out_and_told(folder, caplog, monkeypatch):
+    """Where peft is installed, transformers would add it to the model without a word."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import peft_utils
+
+    expected = nblens.load(str(folder))
+    logits = expected.generate(prompt_ids(5), 3, lens=True).trajectory.top_logprobs
+    expected.unload()
+    write_adapter(folder)
+    assert caplog.messages == []
+    looked, read = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(source, **options):
+        looked.append(peft_utils.find_adapter_config_file(source, **options["adapter_kwargs"]))
+        return read(source, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
+    session = nblens.load(str(folder))
+    assert looked == [None]
+    assert (session.generate(prompt_ids(5), 3, lens=True).trajectory.top_logprobs == logits).all()
+    session.unload()
+    assert caplog.messages == [
+        f"{folder} holds an adapter (adapter_config.json) beside the model, which is loaded without it"
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "more.safetensors", "notes"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "device"])
+def test_a_pipe_or_device_in_the_folder_is_refused_without_waiting(before, folder, name, make):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert refused(folder) == f"cannot load {str(folder)!r}: {name} in it is no plain file"
+    with pytest.raises(UserError, match="is no plain file"):
+        nblens.plan(str(folder))
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["2", [1, "2"], 1.5, {"a": 1}, True], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_special_tokens_that_are_no_ids_are_refused_while_the_model_before_is_kept(before, folder, file, name, value):
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    assert refused(folder).startswith(f"cannot load {str(folder)!r}: ")
+    assert name in refused(folder)
+
+
+def test_special_tokens_of_an_attached_model_that_are_no_ids_are_refused(before, attach):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = "2"
+    with pytest.raises(UserError, match="its configuration names eos_token_id '2', which is no token id"):
+        attach(model)
+
+
+def test_a_tokenizers_padding_beyond_the_vocabulary_is_not_fed(attach):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_tokens([f"<more{number}>" for number in range(50)])
+    tokenizer.pad_token = "<more49>"
+    assert tokenizer.pad_token_id >= VOCAB_SIZE
+    session = attach(tiny_model("llama"), tokenizer)
+    assert session.backend._engine.runner.batching.rows == "padded"
+    texts = session.lens(["the cat", "the cat sat on the mat"])
+    assert texts[0].tokens == session.lens("the cat").tokens
+
+
+def test_attention_that_cannot_go_on_from_a_cache_is_refused_at_once(before, folder, attach):
+    change_config(folder, attn_implementation="flex_attention")
+    assert "asks for attn_implementation 'flex_attention', which is compiled anew" in refused(folder)
+    model = tiny_model("llama")
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UserError, match="take 'sdpa' or 'eager'"):
+        attach(model)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (MemoryError(), nblens.DeviceMemoryError, "out of memory while its files were read"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), nblens.DeviceMemoryError, "2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), nblens.DeviceMemoryError, "9 bytes"),
+        (
+            ImportError("\nIt requires the sentencepiece library"),
+            UserError,
+            "a package is missing (It requires the sen",
+        ),
+        (RuntimeError("CUDA error: no kernel image"), UserError, "RuntimeError: CUDA error: no kernel image"),
+        (PermissionError(13, "Permission denied"), UserError, "Permission denied"),
+        (KeyError("weight_map"), UserError, "a file of it is damaged, or of another kind (KeyError: 'weight_map')"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_fails_while_weights_are_read_is_called_what_it_is(folder, monkeypatch, error, kind, said):
+    from transformers import AutoModelForCausalLM
+
+    def read(source, **options):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", read)
+    with pytest.raises(kind) as caught:
+        nblens.load(str(folder))
+    assert str(caught.value).startswith(f"cannot load {str(folder)!r}: ")
+    assert said in str(caught.value)
+    assert ("damaged" in str(caught.value)) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_a_model_of_more_than_text_says_that_it_can_be_attached(before, tmp_path, family):
+    from shrunken_models import shrunken_model
+
+    model = shrunken_model(family)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    message = refused(tmp_path)
+    assert message.startswith(f"{family} is more than a language model, which transformers loads as AutoModelFor")
+    assert "nblens.attach(model, tokenizer) reads the language model inside" in message
 
 
 def test_weights_of_something_else_are_refused_and_not_filled_with_random_numbers(folder):

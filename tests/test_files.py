@@ -11,6 +11,7 @@ import torch
 from nblens import files
 from nblens.errors import FileFormatError, UserError
 from nblens.files import read_safetensors, replace_file, write_safetensors
+from nblens.steering import samples as nblens_samples
 
 ARRAYS = {
     "int": np.arange(6, dtype=np.int32).reshape(2, 3),
@@ -170,3 +171,17 @@ def test_a_checkpoint_in_a_type_that_numpy_lacks_is_read_or_refused(tmp_path, dt
 
 def test_the_module_knows_no_way_to_unpickle():
     assert not {"pickle", "torch"} & set(vars(files))
+
+
+def test_a_home_folder_is_found_wherever_a_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_safetensors("~/a.safetensors", ARRAYS, {"k": "v"})
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+    assert read_safetensors("~/a.safetensors")[1] == {"k": "v"}
+
+
+def test_a_home_that_nobody_has_is_one_line():
+    with pytest.raises(UserError, match=r"^cannot read ~nobody-here/a.csv: No such file or directory$"):
+        nblens_samples.as_pairs("~nobody-here/a.csv")
+    with pytest.raises(UserError, match=r"^cannot write ~nobody-here/a: No such file or directory$"):
+        write_safetensors("~nobody-here/a", ARRAYS, {})

@@ -110,7 +110,17 @@ def test_probabilities_keep_two_digits(probability, shown):
     assert percent(probability) == shown
 
 
-@pytest.mark.parametrize(("value", "shown"), [(0.5, "0.5"), (-1.234, "−1.23"), (10_000, "10k"), (5_440_000, "5.44M")])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.5, "0.5"),
+        (-1.234, "−1.23"),
+        (10_000, "10k"),
+        (5_440_000, "5.44M"),
+        (float("inf"), "∞"),
+        (float("-inf"), "−∞"),
+    ],
+)
 def test_numbers_are_short(value, shown):
     assert short_number(value) == shown
 

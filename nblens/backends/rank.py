@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -52,6 +52,8 @@ class LoadOrder:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """what else `from_pretrained` is told of the weights"""
 
     @property
     def size(self) -> int:
@@ -206,7 +208,7 @@ class Rank:
         began = time.perf_counter()
         spread = DistributedConfig(tp_size=order.tp, pp_size=order.pp, ep_size=order.ep)
         model = AutoModelForCausalLM.from_pretrained(
-            order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.where
+            order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.more, **order.where
         )
         model.train(False)
         tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)

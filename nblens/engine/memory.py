@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nblens.errors import DeviceMemoryError, NblensError, first_line
+from nblens.errors import DeviceMemoryError, NblensError, first_line, is_out_of_memory
 from nblens.model.generation import Batch
 from nblens.model.placement import free_memory, step_tokens
 
@@ -101,12 +101,6 @@ def _as_text(error: BaseException | None) -> None:
         error.add_note("".join(traceback.format_tb(error.__traceback__)).rstrip())
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether it is CUDA's or numpy's error, or one of two plain `RuntimeError`s of the CPU allocator."""
-    cpu = ("not enough memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in cpu)
 
 
 def out_of_memory(doing: str, batch: Batch, chunk: int) -> DeviceMemoryError:

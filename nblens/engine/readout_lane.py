@@ -45,7 +45,10 @@ class ReadoutLane:
         ready = None
         if self._stream is not None:
             ready = torch.cuda.current_stream(self._stream.device).record_event()
-        self._last = self._pool.submit(self._run, work, ready)
+        try:
+            self._last = self._pool.submit(self._run, work, ready)
+        except RuntimeError:  # the main thread has ended, and a thread of the user's reads on: pools take nothing more
+            self._run(work, ready)
 
     def wait(self) -> None:
         """Wait for what was started; raises what it raised."""

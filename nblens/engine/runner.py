@@ -16,7 +16,7 @@ from nblens.model.find_batching import find_batching
 from nblens.model.generation import Batch, Decoder, Observer, Phase, Step, SteppingLoop, new_cache
 from nblens.model.hooks import Capture, Edit, HookPoint, Instrumentation
 from nblens.model.integrity import Proof
-from nblens.model.modes import compiled_part
+from nblens.model.modes import compiled_part, evaluating
 from nblens.model.site_map import SiteMap
 from nblens.model.sites import SiteLocation
 from nblens.model.staging import find_staged_architecture
@@ -87,16 +87,17 @@ class Runner:
                 f"{name} was compiled in place, and hooks may not run in compiled code; make the model anew without "
                 "compile()"
             )
-        staged = getattr(model, "_pp_stage", None) is not None
-        architecture = find_staged_architecture(model) if staged else find_architecture(model)
-        batching = find_batching(model, architecture, pad_id)
-        readout = Readout(architecture)
-        readout.prove()
-        sites = SiteMap(model, architecture)
-        if staged:
-            _ = sites.blocks  # found together: all stages take part in a forward pass
-        proof = Proof.of(model, architecture)
-        return cls(model, pad_id, architecture, sites, batching, readout, proof, tokenizer, ranks or Ranks())
+        with evaluating(model):
+            staged = getattr(model, "_pp_stage", None) is not None
+            architecture = find_staged_architecture(model) if staged else find_architecture(model)
+            batching = find_batching(model, architecture, pad_id)
+            readout = Readout(architecture)
+            readout.prove()
+            sites = SiteMap(model, architecture)
+            if staged:
+                _ = sites.blocks  # found together: all stages take part in a forward pass
+            proof = Proof.of(model, architecture)
+            return cls(model, pad_id, architecture, sites, batching, readout, proof, tokenizer, ranks or Ranks())
 
     @property
     def input_device(self) -> torch.device:

@@ -38,12 +38,13 @@ export function briefPercent(probability) {
 const UNITS = [[1e9, "B"], [1e6, "M"], [1e3, "k"]];
 
 /**
- * A number in at most three digits: 0.5, −1.2, 12, 10k.
+ * A number in at most three digits: 0.5, −1.2, 12, 10k, ∞.
  * @param {number} value
  * @returns {string}
  */
 export function shortNumber(value) {
   if (Number.isNaN(value)) return "–";
+  if (Math.abs(value) === Infinity) return value > 0 ? "∞" : "\u2212∞";
   for (const [unit, letter] of UNITS) if (Math.abs(value) >= unit) return shortNumber(value / unit) + letter;
   return general(value, 3).replaceAll("-", "\u2212");
 }

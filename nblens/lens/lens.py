@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from nblens.errors import UserError, escaped
-from nblens.files import read_safetensors
+from nblens.files import expanded, read_safetensors
 from nblens.layers import format_layers
 from nblens.lens.published import read_published
 from nblens.records import RecordFormat, sound_content
@@ -185,7 +185,8 @@ class Lens:
         FileFormatError
             The file is damaged, or is not a lens. Nothing in it is ever run.
         """
-        if os.path.isdir(path) or Path(path).suffix in (".pt", ".pth"):
+        path = expanded(path)
+        if path.is_dir() or path.suffix in (".pt", ".pth"):
             return _published(path, name)
         arrays, metadata = read_safetensors(path)
         if "format" not in metadata and "J" in arrays:

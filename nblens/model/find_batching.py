@@ -21,6 +21,7 @@ from nblens.model.generation import Batch, Observer, SteppingLoop, cache_name, n
 from nblens.model.hooks import HookPoint, Instrumentation
 from nblens.model.leftovers import Snapshot
 from nblens.model.position_code import PositionCode
+from nblens.model.quantization import outlier_threshold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ __all__ = ["find_batching"]
 
 _PROMPT = 7  # tokens: two steps of three, one of one; or one of six, one of one
 _STEP = 3
+_MOST_BY_SHAPE = 2**-5  # of the logits' spread: no rounding, however coarse the numbers, moves them further
 
 
 @torch.no_grad()
@@ -47,16 +49,28 @@ def find_batching(model: PreTrainedModel, architecture: Architecture, pad_id: in
     plain = probe_logits(model)
     first, second = probe_ids(model)[:, :_PROMPT].tolist()
     failure = ""
+    allowed: float | None = None
     for way in _ways(model):
         prompts = {"padded": [first, second[:-_STEP]], "equal": [first, second], "alone": [first]}[way.rows]
-        failure = _mismatch(model, architecture, plain, prompts, way, pad_id)
+        failure = _mismatch(model, architecture, plain, prompts, way, pad_id, allowed or _allowed(architecture.dtype))
+        if failure and allowed is None:  # what rounds by its shape shows it without a cache too
+            allowed = _allowed_by_shape(model, plain, _allowed(architecture.dtype))
+            if allowed > _allowed(architecture.dtype):
+                failure = _mismatch(model, architecture, plain, prompts, way, pad_id, allowed)
         if not failure:
-            return _with_lengths_and_leftovers(model, architecture, plain, way, pad_id)
+            return _with_lengths_and_leftovers(
+                model, architecture, plain, way, pad_id, allowed or _allowed(architecture.dtype)
+            )
     raise UnsupportedModelError(f"{type(model).__name__} {_explain(model, plain, failure)}")
 
 
 def _with_lengths_and_leftovers(
-    model: PreTrainedModel, architecture: Architecture, plain: torch.Tensor, way: Batching, pad_id: int
+    model: PreTrainedModel,
+    architecture: Architecture,
+    plain: torch.Tensor,
+    way: Batching,
+    pad_id: int,
+    allowed: float,
 ) -> Batching:
     """The way of feeding with what matters only for long texts, and from one request to the next.
 
@@ -72,11 +86,11 @@ def _with_lengths_and_leftovers(
     if code is not None and code.varies:
         code.long_pass()
     first, second = probe_ids(model)[:, :_STEP].tolist()
-    failure = _mismatch(model, architecture, plain, [first], way, pad_id)
+    failure = _mismatch(model, architecture, plain, [first], way, pad_id, allowed)
     way = replace(way, leftovers=before.changes())
     if code is not None:
         way = replace(way, longest=code.longest, varies=code.varies)
-    failure = failure or _mismatch(model, architecture, plain[1:], [second[:1]], way, pad_id)
+    failure = failure or _mismatch(model, architecture, plain[1:], [second[:1]], way, pad_id, allowed)
     if failure:
         raise UnsupportedModelError(
             f"{type(model).__name__} keeps something of a request for the next one: it {failure}"
@@ -116,6 +130,7 @@ def _mismatch(
     prompts: Sequence[Sequence[int]],
     way: Batching,
     pad_id: int,
+    allowed: float,
 ) -> str:
     """Say what is wrong with a way of feeding; empty when it gives the logits of the plain pass for each prompt."""
     batch = Batch.of(prompts, pad_id, input_device(model))
@@ -132,7 +147,7 @@ def _mismatch(
     logits = architecture.transform.apply_(architecture.lm_head(architecture.apply_tail(last)))
     for row, prompt in enumerate(prompts):
         off = _relative_error(logits[row, -len(prompt) :], plain[row, : len(prompt)])
-        if not off <= _allowed(architecture.dtype):
+        if not off <= allowed:
             return (
                 "gives other logits when it goes on from its cache than in one pass "
                 f"(they differ by {off:.2g} of their spread)"
@@ -140,12 +155,41 @@ def _mismatch(
     return ""
 
 
+def _allowed_by_shape(model: PreTrainedModel, plain: torch.Tensor, allowed: float) -> float:
+    """Give what is allowed of a model that gives other logits in plain passes of other lengths.
+
+    Kernels of quantized weights are chosen by shape, and round by bits of half precision in some.
+    """
+    if _reads_ahead(model, plain):
+        return allowed
+    off = max(_off_at(model, plain, width) for width in (1, _STEP, _PROMPT - 1, _PROMPT))
+    return max(allowed, 4 * off) if off <= _MOST_BY_SHAPE else allowed  # one step's rounding goes on in the next
+
+
+def _off_at(model: PreTrainedModel, plain: torch.Tensor, width: int) -> float:
+    """How far a plain pass over the first tokens alone is from the one over all."""
+    shorter = model(input_ids=probe_ids(model)[:, :width].to(input_device(model)), use_cache=False).logits
+    return _relative_error(shorter, plain[:, :width]) if shorter.shape[1] == width else float("inf")
+
+
+def _reads_ahead(model: PreTrainedModel, plain: torch.Tensor) -> bool:
+    """Tell whether logits change with a token after them, in a pass of the same shape."""
+    ids = probe_ids(model)
+    ids[:, -1] = ids[:, 0]
+    changed = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+    return not _relative_error(changed[:, :-1], plain[:, :-1]) <= _allowed(plain.dtype)
+
+
 def _explain(model: PreTrainedModel, plain: torch.Tensor, failure: str) -> str:
     """Say why no way of feeding gave the logits of the plain pass: something about the model, else the last failure."""
     if _relative_error(probe_logits(model), plain) > _allowed(plain.dtype):
         return "gives other logits each time it runs"
-    shorter = model(input_ids=probe_ids(model)[:, :_PROMPT].to(input_device(model)), use_cache=False).logits
-    if shorter.shape[1] != _PROMPT or _relative_error(shorter, plain[:, :_PROMPT]) > _allowed(plain.dtype):
+    if threshold := outlier_threshold(model):
+        return (
+            f"takes outliers apart in 8 bits (llm_int8_threshold={threshold:g}), so that its logits at a token change "
+            "with the tokens beside it; set that to 0.0 in its quantization_config"
+        )
+    if _reads_ahead(model, plain) or _off_at(model, plain, _PROMPT) > _allowed(plain.dtype):
         return "is no causal decoder: its logits at a token change with the tokens after it"
     return failure
 

@@ -9,14 +9,15 @@ prepares logits processors, stopping criteria and the KV cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from nblens.errors import NumericalError, UserError
+from nblens.errors import NblensError, NumericalError, UserError, first_line, is_out_of_memory, shown
 from nblens.model.batching import Batching
 from nblens.model.hooks import Instrumentation
 from nblens.specs import GenerationSpec
@@ -256,7 +257,8 @@ class SteppingLoop:
         columns = last
         unfinished = torch.ones(self._batch.rows, dtype=torch.bool)
         while (logits := self._feed(phase, columns, input_ids, keep_logits=True)) is not None:
-            scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
+            with _option_errors_told():
+                scores = logits_processor(input_ids, logits.to(input_ids.device, torch.float32, copy=True))
             fed = unfinished
             _check_finite(scores, fed)
             sampled = _sample(scores, generators)
@@ -269,7 +271,8 @@ class SteppingLoop:
                 self._step(phase, columns, following, fed),
                 [token if alive else None for token, alive in zip(sampled.tolist(), fed.tolist(), strict=True)],
             )
-            unfinished = fed & ~stopping_criteria(input_ids, scores).cpu()
+            with _option_errors_told():
+                unfinished = fed & ~stopping_criteria(input_ids, scores).cpu()
             if not unfinished.any():
                 break
             phase, columns = "generated", range(input_ids.shape[1] - 1, input_ids.shape[1])
@@ -353,7 +356,8 @@ def generate_text(
     UserError
         An option is unknown or out of range, or asks for beam search.
     """
-    config = _generation_config(model, spec, pad_id)
+    with _option_errors_told(spec.options):
+        config = _generation_config(model, spec, pad_id)
     generators = None
     if config.do_sample:
         generators = [torch.Generator().manual_seed(seed) for seed in spec.seeds]
@@ -361,21 +365,35 @@ def generate_text(
     model.generation_config = _special_tokens(model, pad_id)
     generate: Any = model.generate  # a method that its mixin does not annotate
     try:
-        ids: torch.Tensor = generate(
-            batch.input_ids,
-            attention_mask=batch.mask,
-            generation_config=config,
-            custom_generate=loop.generate,
-            generators=generators,
-            stopping_criteria=_stop_strings(config, tokenizer),
-        )
-        return ids
-    except ValueError as error:
-        if isinstance(error, UserError) or loop.started:
-            raise
-        raise UserError(f"generation options: {error}") from error
+        with _option_errors_told(spec.options, lambda: not loop.started):
+            ids: torch.Tensor = generate(
+                batch.input_ids,
+                attention_mask=batch.mask,
+                generation_config=config,
+                custom_generate=loop.generate,
+                generators=generators,
+                stopping_criteria=_stop_strings(config, tokenizer),
+            )
+            return ids
     finally:
         model.generation_config = recommended
+
+
+@contextmanager
+def _option_errors_told(
+    options: Mapping[str, Any] | None = None, about_them: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Have transformers take options inside: where it stumbles, it is over them, and that is a `UserError`."""
+    try:
+        yield
+    except NblensError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or not about_them():
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        given = f" {shown(dict(options))}" if options and kind else ""
+        raise UserError(f"generation options{given}: {kind}{first_line(error)}") from error
 
 
 def _stop_strings(config: GenerationConfig, tokenizer: Any) -> Any:
@@ -423,10 +441,7 @@ def _generation_config(model: PreTrainedModel, spec: GenerationSpec, pad_id: int
         **sampling,
         **spec.options,
     }
-    try:
-        config = GenerationConfig(**settings)
-    except ValueError as error:
-        raise UserError(f"generation options: {error}") from error
+    config = GenerationConfig(**settings)
     _check_one_pass(config)
     return config
 

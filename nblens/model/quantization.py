@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from torch import nn
 
 from nblens.errors import UserError
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-__all__ = ["QUANTIZATIONS", "Quantization", "find_quantization", "quantization_config"]
+__all__ = ["QUANTIZATIONS", "Quantization", "find_quantization", "outlier_threshold", "quantization_config"]
 
 _ABSMAX_ROW = 64  # bitsandbytes: elements that share one float32 scale in 4 bits
 _TORCHAO_GROUP = 128  # torchao: elements that share a scale and a zero point in 4 bits
@@ -109,6 +111,7 @@ def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> Q
 
     config: Callable[..., QuantizationConfigMixin] = BitsAndBytesConfig  # whose own types are none
     if name == "8bit":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_without_casts)
         # a threshold would take columns apart that are large at any token: a token's logits would change with those
         # beside it, and with the steps in which they are fed
         return config(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=list(keep))
@@ -118,6 +121,17 @@ def quantization_config(name: str, dtype: torch.dtype, keep: Sequence[str]) -> Q
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=list(keep),
     )
+
+
+def _without_casts(record: logging.LogRecord) -> bool:
+    """Leave out what bitsandbytes says of each product anew: that it computes in float16."""
+    return "inputs will be cast" not in str(record.msg)
+
+
+def outlier_threshold(model: nn.Module) -> float:
+    """From which size on bitsandbytes' 8 bits take a column apart; 0.0 where they take none."""
+    states = (getattr(module, "state", None) for module in model.modules())
+    return max((float(getattr(state, "threshold", None) or 0.0) for state in states), default=0.0)
 
 
 def _torchao_config(name: str, keep: list[str]) -> QuantizationConfigMixin:

@@ -211,6 +211,11 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
         with init_empty_weights(include_buffers=True):
             model = build(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
+        if around := _class_around(config):
+            raise UnsupportedModelError(
+                f"{config.model_type} is more than a language model, which transformers loads as {around}: load it so, "
+                "and nblens.attach(model, tokenizer) reads the language model inside"
+            ) from error
         raise UnsupportedModelError(f"{config.model_type}: {first_line(error)}") from error
     except Exception as error:  # transformers passes on whatever a strange configuration makes it stumble over
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -222,6 +227,19 @@ def _meta_model(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code:
         model.set_experts_implementation("batched_mm")
     model.train(False)
     return model
+
+
+def _class_around(config: PreTrainedConfig) -> str:
+    """The class that loads a model of text and other things, in which there is a decoder; empty where it is none."""
+    import transformers
+
+    if config.is_encoder_decoder:
+        return ""
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+        auto: Any = getattr(transformers, name, None)
+        if auto is not None and type(config) in auto._model_mapping:
+            return name
+    return ""
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

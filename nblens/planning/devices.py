@@ -107,7 +107,7 @@ def _free(device: str, freed: int) -> int | None:
 
 def _byte_count(size: int | str) -> int:
     """`"20GiB"`, `"20 GB"`, or a number of bytes."""
-    if isinstance(size, int):
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
     if match is None or match[2] == "I":

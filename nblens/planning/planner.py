@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,7 +42,7 @@ class Checkpoint:
 
 
 def plan(
-    model: str | PreTrainedConfig | None,
+    model: str | os.PathLike[str] | PreTrainedConfig | None,
     *,
     devices: str | Mapping[Any, Any] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -65,7 +66,7 @@ def plan(
 
     Parameters
     ----------
-    model : str or transformers.PreTrainedConfig or None
+    model : str or os.PathLike or transformers.PreTrainedConfig or None
         A Hugging Face model id, a folder, or a configuration; None: the model that comes with nblens.
     devices : str or mapping
         As `nblens.load` takes it, or a description of a machine that need not be here:
@@ -90,12 +91,14 @@ def plan(
     UnsupportedModelError
         Its parts could not be found.
     """
-    if isinstance(model, (str, type(None))):
+    config: Any = model
+    if not hasattr(model, "get_text_config"):  # no configuration
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         config = read_config(model, **where)
-        checkpoint = Checkpoint(model or DEMO_MODEL, config, source_of(model), **where)
+        name = DEMO_MODEL if model is None else os.fspath(model)
+        checkpoint = Checkpoint(name, config, source_of(model), **where)
     else:
-        checkpoint = Checkpoint(model.name_or_path or model.model_type, model, None)
+        checkpoint = Checkpoint(config.name_or_path or config.model_type, config, None)
     if is_description(devices):
         device_map = None
         limits: Limits = described_limits({**devices, **(max_memory or {})})

@@ -91,7 +91,7 @@ def _offloaded(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> 
 def _more_devices(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> Proposal | None:
     """More of the first accelerator, one process."""
     names, size = accelerators(limits), _size_of_first(limits)
-    if size is None or setting.ranks > 1:
+    if not size or setting.ranks > 1:
         return None
     fewest = max(len(names) + 1, sum(device.weight_bytes for device in found.devices) // size)
     return _first_that_fits(
@@ -102,7 +102,7 @@ def _more_devices(found: Plan, setting: Setting, limits: Limits, solve: Solver) 
 def _more_ranks(found: Plan, setting: Setting, limits: Limits, solve: Solver) -> Proposal | None:
     """More of the first accelerator, a rank on each."""
     names, size = accelerators(limits), _size_of_first(limits)
-    if size is None:
+    if not size:
         return None
     counts = (n for n in range(max(2, len(names)), _MOST_DEVICES + 1) if n != setting.tp)
     return _first_that_fits(
@@ -116,7 +116,7 @@ def _more_ranks(found: Plan, setting: Setting, limits: Limits, solve: Solver) ->
 
 
 def _size_of_first(limits: Limits) -> int | None:
-    """Bytes of the first accelerator; None where there is none, or nothing says."""
+    """Bytes of the first accelerator; None where there is none, or nothing says, 0 where it may not be used."""
     return next((limits[name] for name in accelerators(limits)), None)
 
 

@@ -86,7 +86,7 @@ def read_control_vector(path: str | os.PathLike[str]) -> ControlVector:
         The file is damaged, or is no control vector.
     """
     gguf = _library()
-    with plain_file("read", path):
+    with plain_file("read", path) as path:
         try:
             with np.errstate(over="raise"):
                 return _read(_bounded()(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)

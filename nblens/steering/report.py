@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblens.errors import FileFormatError
-from nblens.files import plain_file, replace_file
+from nblens.files import expanded, plain_file, replace_file
 from nblens.records import RecordFormat, sound_content
 from nblens.steering.statistics import DoseResponse, SideEffects
 from nblens.steering.steerability import Steerability
@@ -101,7 +101,7 @@ class SteerabilityReport(Steerability):
         if _is_safetensors(path):
             return _FORMAT.save(path, self._plain(), {})
         self.to_json(path)
-        return Path(path)
+        return expanded(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SteerabilityReport:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nblens.errors import FileFormatError, UserError, first_line
-from nblens.files import plain_file
+from nblens.files import expanded, plain_file
 from nblens.model.tokens import check_characters
 
 __all__ = ["Pair", "Sample", "as_pairs", "as_samples", "balanced", "letter_of"]
@@ -150,7 +150,7 @@ def _letter(number: int, answer: str) -> str:
 def _rows(source: Any, what: str) -> Iterator[tuple[str, Any]]:
     """Each row, and what it is called in an error."""
     if isinstance(source, (str, os.PathLike)):
-        yield from _file_rows(Path(os.path.expanduser(source)))
+        yield from _file_rows(expanded(source))
         return
     names, rows = _frame(source)
     if rows is not None:

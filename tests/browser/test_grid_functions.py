@@ -24,7 +24,7 @@ def js(show):
 def test_numbers_are_written_as_python_writes_them(js):
     probabilities = [0, 1, 0.971, 0.5, 0.0095, 0.00949, 0.00034, 0.00001, 1.5e-7]
     assert js("arg.map(mod.percent)", probabilities) == [appearance.percent(p) for p in probabilities]
-    numbers = [0, 0.5, -1.234, 12, 999.4, 1000, 12345, -2.5e6, 7.31e9, 0.0001234, 0.00001]
+    numbers = [0, 0.5, -1.234, 12, 999.4, 1000, 12345, -2.5e6, 7.31e9, 0.0001234, 0.00001, math.inf, -math.inf]
     assert js("arg.map(mod.shortNumber)", numbers) == [appearance.short_number(n) for n in numbers]
 
 

@@ -1,5 +1,7 @@
 """How a model may be fed is found by a few tokens, for families and for models that were tampered with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from shrunken_models import shrunken_model
@@ -109,6 +111,55 @@ def test_a_model_that_reads_ahead_is_refused():
         UnsupportedModelError, match="is no causal decoder: its logits at a token change with the tokens"
     ):
         batching_of(model)
+
+
+class RoundedByShape(torch.nn.Linear):
+    """Computes in half precision at widths that a kernel is made for, as 4-bit weights do on a CPU."""
+
+    widths: tuple[int, ...]
+
+    def forward(self, states):
+        if states.shape[1] not in self.widths:
+            return super().forward(states)
+        return torch.nn.functional.linear(states.bfloat16(), self.weight.bfloat16()).float()
+
+
+class TakenApart(torch.nn.Linear):
+    """Rounds the columns that are small at every token, as 8 bits do with a threshold for outliers."""
+
+    def forward(self, states):
+        outliers = states.abs().amax((0, 1)) > self.state.threshold
+        return super().forward(torch.where(outliers, states, (4 * states).round() / 4))
+
+
+def with_linears(model, kind, **fields):
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = kind
+        for name, value in fields.items():
+            setattr(layer.mlp.down_proj, name, value)
+    return model
+
+
+@pytest.mark.parametrize("widths", [(3,), (1, 7), (3, 7)])
+def test_a_model_that_rounds_by_its_shape_is_causal_and_may_be_fed_in_every_way(widths):
+    model = with_linears(tiny_model("llama"), RoundedByShape, widths=widths)
+    assert batching_of(model) == Batching("padded", stepwise=True, positions=True)
+
+
+def test_a_model_that_rounds_by_its_shape_is_refused_all_the_same_where_its_cache_is_wrong():
+    model = with_linears(tiny_model("llama"), RoundedByShape, widths=(3, 7))
+    with pytest.raises(UnsupportedModelError):
+        batching_of(with_forward(model, lambda kwargs: {**kwargs, "past_key_values": None}))
+
+
+def test_a_threshold_for_outliers_is_named_where_it_is_what_changes_logits():
+    model = with_linears(tiny_model("llama"), TakenApart, state=SimpleNamespace(threshold=1.0))
+    with pytest.raises(UnsupportedModelError) as refused:
+        batching_of(model)
+    assert str(refused.value) == (
+        "LlamaForCausalLM takes outliers apart in 8 bits (llm_int8_threshold=1), so that its logits at a token change "
+        "with the tokens beside it; set that to 0.0 in its quantization_config"
+    )
 
 
 def test_a_cache_layer_of_the_models_own_is_fed_in_one_step(monkeypatch):

@@ -353,3 +353,29 @@ def test_planning_reads_no_weights_and_leaves_the_configuration_alone(tmp_path):
     assert getattr(config, "_experts_implementation", None) == getattr(
         config_of("qwen3_moe"), "_experts_implementation", None
     )
+
+
+@pytest.mark.parametrize("devices", [{0: 0}, {0: "0GiB", "cpu": 0}, {0: 0, 1: "8GiB"}])
+def test_a_device_without_memory_is_planned_for_like_any_other(devices):
+    found = plan(None, max_memory=devices)
+    assert found.fits is (1 in devices)
+    assert found.devices
+
+
+@pytest.mark.parametrize("size", [-1, True, float("inf"), float("nan"), "-1GiB", [1]])
+def test_a_size_that_is_none_is_named(size):
+    with pytest.raises(UserError, match=r"memory is given as bytes or as 20GiB, 500MB, …; got "):
+        plan(None, max_memory={0: size})
+
+
+@pytest.mark.parametrize("model", [5, 1.5, ["a"], b"a"])
+def test_a_model_that_is_no_name_is_refused(model):
+    with pytest.raises(UserError, match="a model is a name on the Hub, a folder, or None for the built-in one; got "):
+        plan(model)
+
+
+def test_a_model_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    assert plan("~/model").model == "~/model"
+    assert plan(tmp_path / "model").n_blocks == plan("~/model").n_blocks == 3

@@ -1,5 +1,6 @@
 """What a lens and a generation give: shapes, targets, seeds, metrics, seconds, chat prompts."""
 
+import itertools
 import json
 
 import numpy as np
@@ -120,6 +121,7 @@ def test_trials_are_one_batch_with_a_seed_each(session):
         ([1], r"seed must be one number, or one for each of the 2 rows; got 1 numbers"),
         ([], "got 0 numbers"),
         ([1, 2, 3], "got 3 numbers"),
+        (itertools.count(), "got more numbers"),
         ([1, 2.5], r"seed must be a whole number, or one for each prompt, got \[1, 2.5\]"),
         (1.5, "seed must be a whole number, or one for each prompt, got 1.5"),
         ("12", "seed must be a whole number, or one for each prompt, got '12'"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import traitlets
 
+from nblens.background import BackgroundThread
 from nblens.errors import Interrupted, NblensError, first_line
 from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.grid.sheets import read_sites
@@ -78,20 +79,25 @@ class LiveGrid(TrajectoryGrid):
             The request was refused.
         """
         first: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        shown = threading.Event()
-        run = _Background(reading, first, shown)
-        empty = first.get()
-        if isinstance(empty, BaseException):
-            raise empty
-        grid = cls(empty, **options)
+        run = _Background(reading, first)
+        try:
+            empty = first.get()
+            if isinstance(empty, BaseException):
+                run.stop()
+                run.thread.join()
+                raise empty
+            grid = cls(empty, **options)
+        except BaseException:  # an option that is refused, Ctrl-C: nobody will see what is read
+            run.stop()
+            raise
         grid._run = run
         run.grid = grid
-        shown.set()
+        run.shown.set()
         return grid
 
     def stop(self) -> None:
         """End the run, within a token after what the page shows; what was read stays."""
-        self._run.stopping = True
+        self._run.stop()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the run has ended; False when it took longer than `timeout` seconds."""
@@ -101,7 +107,7 @@ class LiveGrid(TrajectoryGrid):
     def close(self) -> None:
         """Stop the run, and take the widget off its page."""
         if run := getattr(self, "_run", None):
-            run.stopping = True
+            run.stop()
         super().close()
 
     def _answer(self, widget: Any, message: Any, buffers: Any) -> None:
@@ -124,32 +130,44 @@ class LiveGrid(TrajectoryGrid):
 class _Background:
     """A run on a thread of its own; its first, empty result goes to whoever makes the grid."""
 
-    def __init__(self, reading: Reading, first: queue.SimpleQueue[Any], shown: threading.Event) -> None:
-        self._reading, self._first, self._shown = reading, first, shown
+    def __init__(self, reading: Reading, first: queue.SimpleQueue[Any]) -> None:
+        self._reading, self._first = reading, first
         self.grid: LiveGrid | None = None
-        self.stopping = False
-        self.thread = threading.Thread(target=self._work, name="nblens-lens", daemon=True)
+        self.shown = threading.Event()
+        """set once there is a grid, or will be none"""
+        self._stopping = False
+        self.thread = BackgroundThread(self._work, "nblens-lens", self.stop)
         self.thread.start()
+
+    def stop(self) -> None:
+        """Have the run end with what it has read."""
+        self._stopping = True
+        self.shown.set()
 
     def _work(self) -> None:
         result, error = None, ""
         try:
             result = self._reading(self._watch)
+            self._begin(result)
         except Interrupted as stop:
             result, error = stop.partial, str(stop)
+            self._begin(stop)
         except BaseException as failed:
-            if self.grid is None:
-                self._first.put(failed)
-                return
             kind = "" if isinstance(failed, NblensError) else f"{type(failed).__name__}: "
             error = kind + first_line(failed)
-        assert self.grid is not None, "a run tells what it has read before it ends"
-        self.grid._finish(result, error)
+            self._begin(failed)
+        if self.grid is not None:
+            self.grid._finish(result, error)
 
     def _watch(self, partial: Any) -> bool:
         if self.grid is None:
-            self._first.put(partial)
-            self._shown.wait()
+            self._begin(partial)
         else:
             self.grid.update(partial)
-        return self.stopping
+        return self._stopping
+
+    def _begin(self, first: Any) -> None:
+        """Hand over what a grid is made of, or why there is none; once, and then wait for it."""
+        if not self.shown.is_set():
+            self._first.put(first)
+            self.shown.wait()

@@ -261,6 +261,7 @@ def _load() -> MagicParser:
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="with --plan: rows (default: 1)")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--keep", action="store_true", help="keep the model that was loaded before, beside this one")
     parser.add_argument("--status", action="store_true", help="show what is loaded and where")
     parser.add_argument("--unload", action="store_true", help="free the model")
     add_output(parser, "Session")

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -34,7 +32,7 @@ from nblens.errors import (
     UserError,
     first_line,
 )
-from nblens.files import replace_file
+from nblens.files import expanded, replace_file
 from nblens.jupyter import cell_widgets
 from nblens.jupyter import display as shown
 from nblens.jupyter.cell_output import display
@@ -157,7 +155,7 @@ class NblensMagics(Magics):
         from nblens.loading import load
 
         try:
-            return load(model, ray=options.ray, **request)
+            return load(model, ray=options.ray, keep=options.keep, **request)
         except DoesNotFitError as refusal:
             display(refusal.plan)
             raise UserError(first_line(refusal)) from None
@@ -327,7 +325,7 @@ def _figure(obj: Any, metric: str) -> Any:
 
 def _writer(options: Namespace) -> Callable[[Any], None]:
     """Make what writes the result to the named file; a name that cannot be written is refused before the run."""
-    path, metric = Path(os.path.expanduser(options.save)), options.metric
+    path, metric = expanded(options.save), options.metric
     what, kinds = "a trajectory is", [".html", *_PICTURES, ".json", ".safetensors"]
     if options.compare:
         what, kinds = "a comparison is", [".html", *_PICTURES]

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from nblens.background import BackgroundThread
 from nblens.errors import NblensError, NoModelError, first_line
 from nblens.session import inside
 from nblens.specs import RunFinished, RunSpec, TokensSampled
@@ -121,7 +122,7 @@ class LiveRunner:
                 return gen_id
             self._busy = True
         if self._threaded:
-            threading.Thread(target=self._work, name="nblens-live", daemon=True).start()
+            BackgroundThread(self._work, "nblens-live", self.close).start()
         else:
             self._work()
         return gen_id
