@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -362,8 +363,9 @@ def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
     """A seed for each row."""
-    single = isinstance(seed, Integral) or not isinstance(seed, Iterable)
-    seeds: tuple[Any, ...] = (seed,) * rows if single else tuple(listed("seed", seed))
+    seeds: tuple[Any, ...] = (seed,) * rows
+    if isinstance(seed, Iterable):
+        seeds = tuple(islice(seed, rows + 1))  # of what may have no end
     if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
         raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
     if len(seeds) != rows:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nblens.backends.backend import Backend
 from nblens.builder import RequestBuilder, live_name
 from nblens.client import Client
+from nblens.engine.control import Coefficients
 from nblens.errors import Interrupted, NoModelError, UserError, escaped
 from nblens.evaluation.experiment import Evaluation
 from nblens.evaluation.measurement import Measurement, MeasurementOptions, chosen
@@ -103,10 +104,8 @@ class Session:
         self.tokenizer = tokenizer
         self.placement = placement
         self.vectors = VectorStore(architecture.n_blocks, architecture.d_model)
-        self.steer = LiveSteering(
-            self.vectors,
-            lambda coefficients: client.backend.steer({live_name(key): c for key, c in coefficients.items()}),
-        )
+        session = weakref.ref(self)
+        self.steer = LiveSteering(self.vectors, lambda coefficients: _send(session(), coefficients))
         self.lenses = LensStore(architecture.n_blocks, architecture.d_model)
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
@@ -860,6 +859,12 @@ def inside(session: Session) -> tuple[RequestBuilder, Client]:
             session._inside = build, client
             warnings.warn(f"{renewed.what}: the model was proven anew", RuntimeWarning, stacklevel=3)
     return build, client
+
+
+def _send(session: Session | None, coefficients: Coefficients) -> None:
+    """Tell the run in progress of the live setting."""
+    if session is not None and (backend := session.backend) is not None:
+        backend.steer({live_name(key): coefficient for key, coefficient in coefficients.items()})
 
 
 def _results(architecture: Architecture | ModelFacts, model: str, texts: TokenTexts) -> Callable[[RunSpec], RunResult]:

@@ -21,11 +21,14 @@ def session(attach):
     ("ask", "said"),
     [
         (lambda s: s.generate(PROMPT, 2, seed=itertools.count()), "seed must be one number, or one for each"),
-        (lambda s: s.lens(PROMPT, layers=itertools.repeat(0)), r"layers repeat\(0\) are more than 100000"),
-        (lambda s: s.lens(PROMPT, targets=itertools.repeat(5)), r"targets must be 100000 or fewer, got repeat\(5\)"),
-        (lambda s: s.lens(PROMPT, sites=itertools.repeat("resid_post")), "sites must be 100000 or fewer"),
-        (lambda s: s.lens(PROMPT, metrics=itertools.repeat("rank")), "metrics must be 100000 or fewer"),
-        (lambda s: s.capture(PROMPT, positions=itertools.repeat(0)), "positions must be 10000000 or fewer"),
+        (lambda s: s.lens(PROMPT, layers=itertools.repeat(0)), r"layers repeat\(0\) do not end"),
+        (
+            lambda s: s.lens(PROMPT, targets=itertools.repeat(5)),
+            r"targets must be a list that ends; repeat\(5\) has more",
+        ),
+        (lambda s: s.lens(PROMPT, sites=itertools.repeat("resid_post")), "sites must be a list that ends"),
+        (lambda s: s.lens(PROMPT, metrics=itertools.repeat("rank")), "metrics must be a list that ends"),
+        (lambda s: s.capture(PROMPT, positions=itertools.repeat(0)), "positions must be a list that ends"),
     ],
     ids=["seed", "layers", "targets", "sites", "metrics", "positions"],
 )
