@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +21,7 @@ from nblens.engine.engine import Engine
 from nblens.engine.memory import nothing_kept
 from nblens.engine.numerics import weights_checked
 from nblens.engine.runner import Runner
-from nblens.errors import DoesNotFitError, NoModelError, UserError
+from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line, shown
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
@@ -28,6 +31,7 @@ from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.session import Session
+from nblens.text import byte_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -131,15 +135,16 @@ def load(
     if spread:
         if _runs_here(ray):
             _checked_plan(checkpoint, setting, devices, max_memory)
-        _unload_current()
         order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
     else:
-        options = _as_planned(_checked_plan(checkpoint, setting, devices, max_memory))
+        planned = _checked_plan(checkpoint, setting, devices, max_memory)
+        options = _as_planned(planned)
+        options["offload_folder"] = _checked_offload(offload_dir, planned)
         _unload_current()
         with _progress_bars(shown=model is not None):
-            hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
+            hf_model = _read(source, name, config=config, **options, **where)
         session = _loaded = _adopt(hf_model, tokenizer, name=name, began=began)
     if model is None:
         from nblens.demo.corpus import neutral_texts
@@ -218,10 +223,15 @@ def _adopt_spread(
     began: float,
     address: str | None,
 ) -> Session:
-    from nblens.backends.rank import LoadOrder
+    from nblens.backends.rank_messages import LoadOrder
     from nblens.backends.ray_cluster import RayBackend
 
-    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer)), address=address)
+    backend = RayBackend(
+        LoadOrder(**order, pad_id=_pad_id(tokenizer)),
+        address=address,
+        before=None if _current is None else _current.backend,
+        make_room=_unload_current,
+    )
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
 
@@ -302,6 +312,24 @@ def _checked_plan(
     if planned.fits is False:
         raise DoesNotFitError(f"{checkpoint.name} was not loaded: {planned.verdict}\n{planned}", planned)
     return planned
+
+
+def _checked_offload(offload_dir: str | None, planned: Plan) -> str | None:
+    """The folder for weights that are to wait on disk, made if there is none; one that cannot take them is refused."""
+    waiting = sum(device.weight_bytes for device in planned.devices if device.device == "disk")
+    if offload_dir is None or not waiting:
+        return offload_dir
+    said = f"cannot write weights to offload_dir {shown(str(offload_dir))}"
+    try:
+        folder = Path(offload_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{said}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    if free < waiting:
+        raise UserError(f"{said}: they take {byte_size(waiting)}, {byte_size(free)} are free")
+    return str(folder)
 
 
 def _freed() -> dict[str, int]:
