@@ -38,7 +38,7 @@ __all__ = ["RayBackend"]
 _REACH, _CONNECT, _BEGIN = 10.0, 30.0, 120.0  # seconds
 _CLOSE = 5.0
 _LEAST_FREE = 2**26  # bytes on the disk of Ray's folder
-_LONGEST_FOLDER = 32  # bytes: Ray and we add 75, and the path of a socket has 107 at most
+_LONGEST_FOLDER = 30  # bytes: Ray and we add 77, and the path of a socket has 107 at most
 _AGAIN = "load the model again with %load_sharded or nblens.load()"
 
 
@@ -297,7 +297,8 @@ class _Cluster:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        own = {"num_cpus": max(size, os.cpu_count() or 1), "include_dashboard": False, "_temp_dir": folder}
+        own: dict[str, Any] = {"num_cpus": max(size, os.cpu_count() or 1), "include_dashboard": False}
+        own["_temp_dir"] = os.path.join(folder, "r")  # which Ray opens to everybody
         return environment, own
 
     def refusal(self, reason: str) -> UserError:

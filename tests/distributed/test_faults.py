@@ -275,19 +275,17 @@ def test_expert_parallelism_deals_whole_experts_out(cluster, saved, talking):
         assert {shape[0] for shape in shapes} == {experts}
 
 
-@pytest.mark.parametrize("options", [{"tp": 2}, {"pp": 2}], ids=["tp", "pp"])
-def test_a_weight_that_breaks_is_named_by_the_rank_that_has_it(cluster, saved, options):
+def test_a_weight_that_breaks_is_named_by_the_rank_that_has_it(cluster, saved):
     class Spoiled(Rank):
-        """Rank 1 loses a number of its part of a weight."""
+        """Rank 1 loses a number of a weight."""
 
         def spoil(self, name):
             if self._rank == 1:
-                weight = self._engine.runner.model.get_parameter(name).detach()
-                (weight.to_local() if hasattr(weight, "to_local") else weight)[0, 0] = float("nan")
+                self._engine.runner.model.get_parameter(name).detach()[0, 0] = float("nan")
 
     path = saved("llama, an odd vocabulary")
     one = load_beside(path)
-    backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, **options), actor=Spoiled)
+    backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, pp=2), actor=Spoiled)
     session = Session(backend, one.tokenizer, backend.placement, config=one.model.config, architecture=backend.facts)
     one.unload()
     backend.ask("spoil", "model.layers.2.mlp.down_proj.weight")

@@ -137,7 +137,7 @@ def test_a_cluster_of_our_own_is_reached_from_this_machine_alone_and_with_its_to
 def test_no_file_of_the_cluster_can_be_read_by_others(kernel):
     assert not Path(psutil.Process(kernel.pid).environ()["HOME"], ".ray").exists()
     (folder,) = {
-        re.search(r"(/\S*/nb[^/]*)/session_", " ".join(process.cmdline())).group(1)
+        re.search(r"(/\S*/nb[^/]*)/r/session_", " ".join(process.cmdline())).group(1)
         for process in kernel.begun()
         if "raylet" in process.name()
     }
@@ -194,34 +194,27 @@ def test_an_address_that_takes_calls_and_never_answers_is_left_by_ctrl_c_and_by_
     assert loaded.run("print(nblens.current() is session); " + PARIS) == "True\n Paris."
 
 
-@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
-def test_a_helper_of_ray_that_dies_while_nothing_runs_is_named_and_the_kernel_lives(loaded, name):
-    processes = loaded.begun()
-    users = int(loaded.run("print(mine[0].pid)"))
-    loaded.helper(name).kill()
-    time.sleep(1)
-    lost(loaded, rf"Ray's {name} on this machine died \(process \d+\); load the model again")
-    gone([process for process in processes if process.pid != users], 5)
-
-
-def test_a_helper_of_ray_that_dies_in_mid_run_is_an_error(loaded):
+def test_a_helper_of_ray_that_dies_in_mid_run_is_named_and_the_kernel_lives(loaded):
     loaded.start("nblens.current().generate('The summer was', 400, min_new_tokens=400)")
     time.sleep(0.7)
-    loaded.helper("raylet").kill()
+    loaded.helper("gcs_server").kill()
     said = loaded.end()
-    assert said.startswith("WorkerError: ")
-    assert "all ranks were stopped; load the model again with %load_sharded" in said
+    assert re.match(r"WorkerError: Ray's gcs_server on this machine died \(process \d+\)\n", said)
+    assert said.endswith("all ranks were stopped; load the model again with %load_sharded or nblens.load()")
     assert loaded.run("nblens.current().unload(); print(nblens.loading._current)") == "Session(unloaded)"
 
 
-def test_the_process_that_drives_ray_may_die(loaded):
-    (driver,) = [p for p in psutil.Process(loaded.pid).children() if "ray_driver" in " ".join(p.cmdline())]
-    driver.kill()
-    lost(loaded, r"the process that drives Ray ended \(signal 9\)")
+def test_a_helper_of_ray_that_dies_while_nothing_runs_is_named_and_the_kernel_lives(loaded):
+    processes = loaded.begun()
+    users = int(loaded.run("print(mine[0].pid)"))
+    loaded.helper("raylet").kill()
+    time.sleep(1)
+    lost(loaded, r"Ray's raylet on this machine died \(process \d+\); load the model again")
+    gone([process for process in processes if process.pid != users], 5)
+    assert loaded.run("print(mine[0].poll())") == "None"
 
 
 def test_a_rank_that_is_stopped_leaves_the_first_ctrl_c_an_answer_with_what_was_read(loaded):
-    """Rank 0 sends the events: with rank 1 stopped, nothing comes any more."""
     loaded.start("""
         try:
             nblens.current().generate("The summer was", 400, min_new_tokens=400)
@@ -229,8 +222,7 @@ def test_a_rank_that_is_stopped_leaves_the_first_ctrl_c_an_answer_with_what_was_
             print(0 < len(error.partial.token_ids) < 400)
     """)
     time.sleep(0.7)
-    pid = psutil.Process(next(p for p in loaded.begun() if "RankActor" in " ".join(p.cmdline())).pid)
-    pid.suspend()
+    next(p for p in loaded.begun() if "RankActor" in " ".join(p.cmdline())).suspend()
     time.sleep(0.3)
     began = time.monotonic()
     os.kill(loaded.pid, signal.SIGINT)
@@ -254,7 +246,9 @@ def test_unloading_with_a_rank_that_is_stopped_ends_all_but_what_the_user_began(
 def test_nothing_is_left_of_a_kernel_that_was_killed(loaded):
     processes = loaded.begun()
     users = int(loaded.run("print(mine[0].pid)"))
-    assert len([process for process in processes if "RankActor" in " ".join(process.cmdline())]) == 2
+    ranks = [process for process in processes if "RankActor" in " ".join(process.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].suspend()
     loaded.process.kill()
     loaded.process.communicate()
     gone([process for process in processes if process.pid != users], 10)
