@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import queue
+import shutil
 import socket
 import threading
 import time
@@ -38,7 +39,7 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what a library prints is no answer
     driver = Driver(answers)
-    threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(parent, driver), daemon=True).start()
     threading.Thread(target=_listen, args=(orders, driver), daemon=True).start()
     driver.say("ready")
     driver.serve()
@@ -52,7 +53,8 @@ class Driver:
         self._lock = threading.Lock()
         self._orders: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
         self._ranks: RayRanks | None = None
-        self._own = False
+        self._folder: str | None = None
+        """of a cluster of our own"""
 
     def say(self, kind: str, what: Any = None) -> None:
         """Send a message."""
@@ -97,7 +99,7 @@ class Driver:
         except Exception as error:
             raise UserError(first_line(error)) from error
         if own is not None:
-            self._own = True
+            self._folder = os.path.dirname(own["_temp_dir"])
             threading.Thread(target=self._watch, args=(_helpers(),), daemon=True).start()
         found: str = ray.get_runtime_context().gcs_address
         return found
@@ -137,11 +139,18 @@ class Driver:
 
     def end(self) -> None:
         """End the ranks, and this process."""
-        if not self._own:  # else all that there is of the cluster ends with this process
+        if self._folder is None:  # else all that there is of the cluster ends with this process
             if self._ranks is not None:
                 self._ranks.end()
             ray.shutdown()
-        _end()
+        self.finish()
+
+    def finish(self) -> None:
+        """End this process with all that it began."""
+        end_family(os.getpid())
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(0)
 
     @property
     def ranks(self) -> RayRanks:
@@ -181,17 +190,11 @@ def _listen(orders: BinaryIO, driver: Driver) -> None:
         while True:
             driver.take(*pickle.load(orders))
     finally:  # nobody is there any more
-        _end()
+        driver.finish()
 
 
-def _watch_parent(parent: int) -> None:
+def _watch_parent(parent: int, driver: Driver) -> None:
     """Notice the end of the process that began this one, also where a child of it holds the pipe."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    _end()
-
-
-def _end() -> None:
-    """End this process with all that it began."""
-    end_family(os.getpid())
-    os._exit(0)
+    driver.finish()

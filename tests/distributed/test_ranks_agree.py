@@ -129,9 +129,9 @@ def test_logits_are_attributed_alike(pair):
 
 def test_what_overflows_is_located_alike_and_the_ranks_stay_usable(pair):
     calls = (
-        lambda session: session.lens(PROMPTS[:2], steer={"v": 1e38}),
-        lambda session: session.generate(PROMPTS[0], 5, steer={"v": 1e38}),
-        lambda session: session.sweep(PROMPTS[0], "v", (0, 1e38), 1, answers=(" on", " the")),
+        lambda session: session.lens(PROMPTS[:2], steer={"v": 3e38}),
+        lambda session: session.generate(PROMPTS[0], 5, steer={"v": 3e38}),
+        lambda session: session.sweep(PROMPTS[0], "v", (0, 3e38), 1, answers=(" on", " the")),
     )
     for call in calls:
         said = []

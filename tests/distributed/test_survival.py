@@ -74,6 +74,11 @@ class Kernel:
         (found,) = [process for process in self.begun() if name in process.name()]
         return found
 
+    def folder(self):
+        """Where its cluster keeps files."""
+        command = " ".join(self.helper("raylet").cmdline())
+        return Path(re.search(r"(/\S*/nb[^/]*)/r/session_", command).group(1))
+
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
@@ -136,12 +141,7 @@ def test_a_cluster_of_our_own_is_reached_from_this_machine_alone_and_with_its_to
 
 def test_no_file_of_the_cluster_can_be_read_by_others(kernel):
     assert not Path(psutil.Process(kernel.pid).environ()["HOME"], ".ray").exists()
-    (folder,) = {
-        re.search(r"(/\S*/nb[^/]*)/r/session_", " ".join(process.cmdline())).group(1)
-        for process in kernel.begun()
-        if "raylet" in process.name()
-    }
-    assert os.stat(folder).st_mode & 0o777 == 0o700
+    assert kernel.folder().stat().st_mode & 0o777 == 0o700
 
 
 def test_ray_of_the_user_is_not_ours(kernel):
@@ -235,9 +235,11 @@ def test_unloading_with_a_rank_that_is_stopped_ends_all_but_what_the_user_began(
     processes = loaded.begun()
     users = int(loaded.run("print(mine[0].pid)"))
     next(p for p in processes if "RankActor" in " ".join(p.cmdline())).suspend()
+    folder = loaded.folder()
     began = time.monotonic()
     assert loaded.run("nblens.current().unload(); print('unloaded')") == "unloaded"
     assert time.monotonic() - began < 10
+    assert not folder.exists()
     assert [process.pid for process in loaded.begun()] == [users]
     gone([process for process in processes if process.pid != users], 1)
     assert loaded.run("print(mine[0].poll())") == "None"
@@ -249,6 +251,8 @@ def test_nothing_is_left_of_a_kernel_that_was_killed(loaded):
     ranks = [process for process in processes if "RankActor" in " ".join(process.cmdline())]
     assert len(ranks) == 2
     ranks[1].suspend()
+    folder = loaded.folder()
     loaded.process.kill()
     loaded.process.communicate()
     gone([process for process in processes if process.pid != users], 10)
+    assert not folder.exists()
