@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "first_line",
     "is_out_of_memory",
     "shown",
+    "unsupported",
 ]
 
 
@@ -130,6 +133,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     # by its name: this file is there before torch is
     torchs = isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError"
     return torchs or isinstance(error, MemoryError) or any(words in str(error) for words in cpu)
+
+
+@contextmanager
+def unsupported(said: str) -> Iterator[None]:
+    """Call what fails inside a model's own code a model that is not supported; memory that runs out is not its fault.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Whatever else was raised inside, after what is said here.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UnsupportedModelError(f"{said}: {first_line(error)}") from error
 
 
 def shown(value: object) -> str:

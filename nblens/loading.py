@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +21,10 @@ import torch
 from nblens.backends.backend import Backend
 from nblens.backends.local import LocalBackend, turn_of
 from nblens.engine.engine import Engine
-from nblens.engine.memory import nothing_kept
+from nblens.engine.memory import memory_errors_told, nothing_kept
 from nblens.engine.numerics import weights_checked
 from nblens.engine.runner import Runner
-from nblens.errors import DoesNotFitError, NoModelError, UserError
+from nblens.errors import DoesNotFitError, NoModelError, UserError, first_line, shown
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.modes import uncompiled
 from nblens.model.parallel import check_parallel, tensor_ranks
@@ -43,6 +46,7 @@ from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.session import Renewed, Session
+from nblens.text import byte_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -146,22 +150,21 @@ def load(
     if spread or ray is not None:
         placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
         _check_spread(spread, **placed, quantization=quantization, keep=keep and _is_spread(_loaded_before()))
-    if offload_dir is not None:
-        offload_dir = os.path.expanduser(offload_dir)
     setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
     checkpoint = Checkpoint(name, config, source, **where)
     if spread:
         if _runs_here(ray):
             _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
-        _make_room(name, keep=keep)
         order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep, "more": WITHOUT_ADAPTER}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
-        session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray)
+        session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray, keep=keep)
     else:
-        options = _as_planned(_checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep)))
+        planned = _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
+        options = _as_planned(planned)
+        options["offload_folder"] = _checked_offload(offload_dir, planned)
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
-            hf_model = _read(source, name, config=config, offload_folder=offload_dir, **options, **where)
+            hf_model = _read(source, name, config=config, **options, **where)
         session = _adopt(hf_model, tokenizer, name=name, began=began)
     _loaded = weakref.ref(session)
     if has_adapter(source):
@@ -251,7 +254,7 @@ class _Served:
 
     def _proven(self) -> Runner:
         pad_id = _pad_id(self._tokenizer, self._model.config)
-        with self._turn, weights_checked(self._model):
+        with memory_errors_told(), self._turn, weights_checked(self._model):
             return Runner.of(self._model, pad_id, self._tokenizer)
 
     @property
@@ -288,11 +291,18 @@ def _adopt_spread(
     name: str,
     began: float,
     address: str | None,
+    keep: bool,
 ) -> Session:
-    from nblens.backends.rank import LoadOrder
+    from nblens.backends.rank_messages import LoadOrder
     from nblens.backends.ray_cluster import RayBackend
 
-    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer, config)), address=address)
+    before = _loaded_before()
+    backend = RayBackend(
+        LoadOrder(**order, pad_id=_pad_id(tokenizer, config)),
+        address=address,
+        before=None if before is None else before.backend,
+        make_room=lambda: _make_room(name, keep=keep),
+    )
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
 
@@ -389,6 +399,24 @@ def _checked_plan(
     if planned.fits is False:
         raise DoesNotFitError(f"{checkpoint.name} was not loaded: {planned.verdict}\n{planned}", planned)
     return planned
+
+
+def _checked_offload(offload_dir: str | None, planned: Plan) -> str | None:
+    """The folder for weights that are to wait on disk, made if there is none; one that cannot take them is refused."""
+    waiting = sum(device.weight_bytes for device in planned.devices if device.device == "disk")
+    if offload_dir is None or not waiting:
+        return offload_dir
+    said = f"cannot write weights to offload_dir {shown(str(offload_dir))}"
+    try:
+        folder = Path(offload_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{said}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+    if free < waiting:
+        raise UserError(f"{said}: they take {byte_size(waiting)}, {byte_size(free)} are free")
+    return str(folder)
 
 
 def _freed(*, keep: bool) -> dict[str, int]:

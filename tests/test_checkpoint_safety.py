@@ -14,7 +14,8 @@ from tiny_models import VOCAB_SIZE, prompt_ids, tiny_model, tiny_tokenizer
 
 import nblens
 from nblens import DoesNotFitError, NblensError, UnsupportedModelError, UserError
-from nblens.backends.rank import LoadOrder, Rank
+from nblens.backends.rank import Rank
+from nblens.backends.rank_messages import LoadOrder
 from nblens.backends.rank_news import Reporter
 
 

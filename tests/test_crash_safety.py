@@ -109,6 +109,7 @@ def test_the_old_file_is_whole_after_a_kill(killed, kind, moment):
 WRITERS = {"write_text", "write_bytes", "save_file", "tofile", "to_csv", "savetxt", "savez"}
 OWN = {
     "files.py": "the one that the others go through",
+    "backends/ray_driver.py": "answers on its standard output",
     "engine/activation_file.py": "streams into a temporary file, and renames",
     "demo/train.py": "makes the built-in model, and is not called by it",
     "steering/gguf_file.py": "the gguf package writes a draft into a folder of its own",

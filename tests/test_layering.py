@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "lens": GROUND | {"model", "readout", "text", "colors", "views", "plots"},
     "steering": GROUND | {"model", "text", "plots"},
     "engine": GROUND | {"model", "readout", "lens", "steering"},
-    "backends": GROUND | {"model", "engine"},
+    "backends": GROUND | {"model", "planning", "engine", "text"},
     "options": GROUND | {"steering"},
     "builder": GROUND | {"model", "lens", "steering", "options"},
     "extractor": GROUND | {"model", "steering", "progress", "builder"},
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "client": GROUND | {"lens", "backends", "results"},
     "evaluation": GROUND | {"model", "steering", "progress", "options", "builder", "extractor"},
     "session": COMPUTE | {"options", "builder", "extractor", "results", "progress", "client", "evaluation"},
-    "loading": COMPUTE | {"planning", "session", "demo"},
+    "loading": COMPUTE | {"planning", "session", "demo", "text"},
     "jupyter": COMPUTE | {"text", "colors", "views", "plots", "planning", "builder", "results", "session", "loading"},
     "nblens": COMPUTE | {"planning", "results", "evaluation", "session", "loading", "jupyter"},
 }

@@ -1,5 +1,7 @@
 """What `nblens.load` refuses before weights are read, and that it loads what it planned."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import prompt_ids, tiny_model, tiny_tokenizer
@@ -55,6 +57,21 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(before
 def test_a_machine_or_option_that_is_not_here_is_refused(before, folder, options, message):
     with pytest.raises(UserError, match=message):
         nblens.load(folder, **options)
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/nothing", "nul\0"])
+def test_a_folder_that_weights_cannot_wait_in_is_refused(before, folder, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match="^cannot write weights to offload_dir '") as refused:
+        nblens.load(folder, devices={"": "disk"}, offload_dir=place)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_without_room_for_the_weights_that_wait_in_it_is_refused(before, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(UserError, match="offload_dir .*: they take 2 MiB, 1 MiB are free"):
+        nblens.load(folder, devices={"": "disk"}, offload_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)

@@ -1,7 +1,4 @@
-"""`Rank`: the engine in one of several processes that share a model, driven from outside by messages.
-
-What comes and goes is pickled here, not by Ray, whose arrays would be read-only.
-"""
+"""`Rank`: the engine in one of several processes that share a model, driven from outside by messages."""
 
 from __future__ import annotations
 
@@ -13,83 +10,38 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import ray
 import torch
 
+from nblens.backends.rank_messages import Failure, Joined, LoadOrder
 from nblens.backends.rank_news import News, Reporter
 from nblens.engine.control import Coefficients
 from nblens.engine.engine import Engine
+from nblens.engine.numerics import weights_checked
 from nblens.engine.ranks import AgreedControl, Ranks
 from nblens.engine.runner import Runner
 from nblens.errors import NblensError, UserError
-from nblens.model.architecture import ModelFacts
-from nblens.model.placement import Placement, describe_placement
+from nblens.model.placement import describe_placement
+from nblens.planning.checkpoint import check_files, read_by_libraries, read_config
 from nblens.specs import Event, Request, RunSpec
 
-__all__ = ["Failure", "Joined", "LoadOrder", "Rank"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Rank"]
 
 _PATIENCE = timedelta(minutes=30)  # of a collective: longer than any step, shorter than for ever
 _CHECK = timedelta(seconds=5)
 _LINES = 4  # of a traceback, in an error
 
 
-@dataclass(frozen=True)
-class LoadOrder:
-    """Which model, and how it is spread."""
-
-    source: str
-    where: Mapping[str, Any]
-    """revision and trust_remote_code"""
-    dtype: str
-    """"auto": the checkpoint's own on a GPU, float32 on a CPU"""
-    pad_id: int
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    more: Mapping[str, Any] = field(default_factory=dict)
-    """what else `from_pretrained` is told of the weights"""
-
-    @property
-    def size(self) -> int:
-        """Ranks."""
-        return max(self.tp, self.pp)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A rank that has loaded its part."""
-
-    facts: ModelFacts
-    placement: Placement
-    parameters: Mapping[str, int]
-    """how many numbers each of its parameters has, over all ranks that share it"""
-    pid: int
-    node: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a rank raised."""
-
-    rank: int
-    at: float
-    """seconds since the epoch"""
-    message: str
-    """the error's own, and the end of its traceback"""
-    error: NblensError | None = None
-    """where it was raised on purpose"""
-    died: bool = False
-    """the process is no more"""
-
-
 class Rank:
-    """One process. `steer`, `cancel`, `news` and `pid` are answered at any time, everything else in the order it came.
+    """One process. `steer`, `cancel` and `news` may be called at any time, everything else in the order it came.
 
     Parameters
     ----------
@@ -105,6 +57,7 @@ class Rank:
         self._controls: dict[int, AgreedControl] = {}
         self._done = -1
         self._engine: Engine | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._reporter = Reporter()
         self._meeting: socket.socket | None = None
         if not torch.cuda.is_available():
@@ -134,6 +87,16 @@ class Rank:
         distributed.init_process_group(backend, store=store, rank=self._rank, world_size=self._size, timeout=_PATIENCE)
         self._ranks = Ranks(distributed.new_group(backend="gloo", timeout=_PATIENCE), self._rank, self._size)
 
+    def prepare(self, order: LoadOrder) -> Failure | None:
+        """Read all of the model that is small, here where it may be missing: its weights take another's room."""
+        try:
+            self._reporter.install()
+            check_files(order.source, read_config(order.source, **order.where))
+            self._tokenizer = _read_tokenizer(order)
+        except Exception as error:
+            return self._failure(error)
+        return None
+
     def load(self, order: LoadOrder) -> Joined | Failure:
         """Load this rank's part of the model, and prove it."""
         try:
@@ -141,8 +104,8 @@ class Rank:
         except Exception as error:
             return self._failure(error)
 
-    def run(self, number: int, packed: bytes) -> Iterator[bytes]:
-        """Serve a request; yields lists of events as they come, and a `Failure` last where there was one."""
+    def run(self, number: int, packed: bytes) -> Iterator[bytes | Failure]:
+        """Serve a request; yields lists of events as they come, pickled, and a `Failure` last where there was one."""
         events: queue.SimpleQueue[Event | Failure | None] = queue.SimpleQueue()
 
         def work() -> None:
@@ -150,42 +113,36 @@ class Rank:
 
         worker = threading.Thread(target=work, name="nblens-rank", daemon=True)
         worker.start()
-        open_ = True
-        while open_:
+        ended = False
+        while not ended:
             batch = [events.get()]
             while not events.empty():
                 batch.append(events.get())
-            open_ = batch[-1] is not None and not isinstance(batch[-1], Failure)
-            if batch[-1] is None:
+            last = batch[-1]
+            if ended := last is None or isinstance(last, Failure):
                 batch.pop()
             yield pickle.dumps(batch, protocol=5)
+            if isinstance(last, Failure):
+                yield last
         worker.join()
 
     def follow(self, number: int, packed: bytes) -> Failure | None:
         """Serve a request whose events another rank sends."""
         return self._serve(number, packed, lambda event: None)
 
-    @ray.method(concurrency_group="ctl")
     def steer(self, number: int, version: int, coefficients: Coefficients) -> None:
         """Leave a numbered change for a request, which may not have begun here."""
         if control := self._control(number):
             control.receive(version, coefficients)
 
-    @ray.method(concurrency_group="ctl")
     def cancel(self, number: int) -> None:
         """Ask a request to stop."""
         if control := self._control(number):
             control.cancel()
 
-    @ray.method(concurrency_group="ctl")
     def news(self) -> News:
         """Tell how far it has loaded, and what was logged since the last question."""
         return self._reporter.news()
-
-    @ray.method(concurrency_group="ctl")
-    def pid(self) -> int:
-        """Number of the process."""
-        return os.getpid()
 
     def check(self) -> bool:
         """Try whether all ranks still reach each other."""
@@ -198,10 +155,9 @@ class Rank:
         return True
 
     def _load(self, order: LoadOrder) -> Joined:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        self._reporter.install()
         dtype = order.dtype
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
@@ -211,8 +167,9 @@ class Rank:
             order.source, use_safetensors=True, dtype=dtype, distributed_config=spread, **order.more, **order.where
         )
         model.train(False)
-        tokenizer = AutoTokenizer.from_pretrained(order.source, **order.where)
-        self._engine = Engine(Runner.of(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks))
+        tokenizer = self._tokenizer or _read_tokenizer(order)
+        with weights_checked(model, self._ranks):
+            self._engine = Engine(Runner.of(model, pad_id=order.pad_id, tokenizer=tokenizer, ranks=self._ranks))
         architecture = self._engine.runner.architecture
         placement = describe_placement(model, architecture, name="", seconds=time.perf_counter() - began)
         parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -249,8 +206,18 @@ class Rank:
         return Failure(self._rank, time.time(), message, own)
 
 
+def _read_tokenizer(order: LoadOrder) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with read_by_libraries(order.source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(order.source, **order.where)
+    return tokenizer
+
+
 def _own_address() -> str:
     """Address of this node."""
+    import ray
+
     ask: Callable[[], str] = ray.util.get_node_ip_address
     return ask()
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from nblens.engine.ranks import Ranks
 from nblens.engine.runner import Captures, Place, Runner
 from nblens.errors import NblensError, NumericalError, UnsupportedModelError
 from nblens.model.generation import Batch
@@ -30,7 +31,8 @@ def located(
 ) -> NumericalError:
     """The error with the first block and site whose activations are inf or NaN, and with what may help.
 
-    The batch goes through the model once more. Not where several ranks share the model: all would have to come.
+    The batch goes through the model once more, on every rank where several share it: what makes one of them stop here
+    makes all of them.
 
     Parameters
     ----------
@@ -39,7 +41,7 @@ def located(
     steering, coefficients
         What was written, and the strengths if they changed since.
     """
-    if not runner.ranks.alone:
+    if not runner.ranks.all_come("located"):
         return error
     # a map of its own: parts that cannot be told apart now may be found when the model is sound again
     runner = replace(runner, sites=SiteMap(runner.model, runner.architecture))
@@ -52,12 +54,13 @@ def located(
 
 
 @contextmanager
-def weights_checked(model: nn.Module) -> Iterator[None]:
-    """Let the refusal of a model whose weights are inf or NaN name the first of them."""
+def weights_checked(model: nn.Module, ranks: Ranks | None = None) -> Iterator[None]:
+    """Let the refusal of a model whose weights are inf or NaN name the first of them, on any rank."""
     try:
         yield
     except UnsupportedModelError as error:
-        if (name := _broken_weight(model)) is None:
+        ranks = ranks or Ranks()
+        if not ranks.all_come("weights") or (name := _first(ranks.gather(_broken_weight(model)))) is None:
             raise
         raise UnsupportedModelError(f"{type(model).__name__}: its {name} holds values that are inf or NaN") from error
 
@@ -67,35 +70,41 @@ class _Search:
 
     def __init__(self, runner: Runner, batch: Batch, written: set[Place]) -> None:
         self._runner, self._batch, self._written = runner, batch, written
-        self._found: tuple[str, int, int, int] | None = None
+        n_blocks = runner.architecture.n_blocks
+        # what enters the first block, what each block's parts add, and what leaves it
+        self._places: list[Place] = [("resid_pre", 0)]
+        for block in range(n_blocks):
+            self._places += [(part, block) for part in _PARTS] + [("resid_post", block)]
+        self._found: tuple[int, int, int] | None = None
 
     def captures(self) -> Captures:
-        """Look at what enters the first block, at what each block's parts add, and at what leaves it."""
-        wanted = [("resid_pre", 0)]
-        for block in range(self._runner.architecture.n_blocks):
-            wanted += [(part, block) for part in _PARTS] + [("resid_post", block)]
+        """Look at every place; on a rank, at those of its own blocks."""
         looks = {}
-        for site, block in wanted:
+        for order, (site, block) in enumerate(self._places):
             with suppress(NblensError):  # a block without such a part
                 self._runner.sites.locate(site, block)
-                looks[site, block] = self._look(site, block)
+                if self._runner.architecture.has(block):
+                    looks[site, block] = self._look(order)
         return looks
 
     def answer(self) -> str:
-        """Say in words what was found."""
-        architecture = self._runner.architecture
-        if self._found is None:
-            broken = _broken_weight(architecture.lm_head)
+        """Say in words what was found, by whichever rank."""
+        architecture, ranks = self._runner.architecture, self._runner.ranks
+        found = min((place for place in ranks.gather(self._found) if place is not None), default=None)
+        if found is None:
+            broken = _first(ranks.gather(_broken_weight(architecture.lm_head)))
             return f"its lm_head's {broken} holds such values" if broken else "every block's activations are finite"
-        site, block, row, column = self._found
+        order, row, column = found
+        site, block = self._places[order]
         token = column - int(self._batch.first_columns[row])
+        module: nn.Module | None = architecture.blocks[block] if architecture.has(block) else None
+        text = f"first in block {block} at {site}, token {token}"
         if (site, block) == ("resid_pre", 0):
-            text, module = f"first in the embedding of token {token}", self._runner.model.get_input_embeddings()
-        else:
-            text, module = f"first in block {block} at {site}, token {token}", architecture.blocks[block]
+            text = f"first in the embedding of token {token}"
+            module = self._runner.model.get_input_embeddings() if module is not None else None
         if self._batch.rows > 1:
             text += f" of row {row}"
-        if broken := _broken_weight(module):
+        if broken := _first(ranks.gather(None if module is None else _broken_weight(module))):
             return f"{text}; its {broken} holds such values"
         if (site, block) in self._written:
             return f"{text}, where steering is written; give smaller coefficients"
@@ -103,7 +112,7 @@ class _Search:
             return f'{text}; float16 ends at 65504: load the model with dtype="bfloat16" or "float32"'
         return text
 
-    def _look(self, site: str, block: int) -> Callable[[torch.Tensor], None]:
+    def _look(self, order: int) -> Callable[[torch.Tensor], None]:
         def look(hidden: torch.Tensor) -> None:
             if self._found is not None:
                 return
@@ -112,11 +121,21 @@ class _Search:
             broken &= torch.arange(self._batch.width) >= self._batch.first_columns[:, None]
             if broken.any():
                 row, column = broken.nonzero()[0].tolist()
-                self._found = (site, block, row, column)
+                self._found = (order, row, column)
 
         return look
 
 
 def _broken_weight(module: nn.Module) -> str | None:
-    """The first parameter that is not finite, of those that are here."""
-    return next((n for n, p in module.named_parameters() if not p.is_meta and not p.isfinite().all()), None)
+    """The first parameter that is not finite, of what is here of them."""
+    return next((name for name, weight in module.named_parameters() if not _is_finite(weight)), None)
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    local = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local.is_meta or bool(local.isfinite().all())
+
+
+def _first(said: Sequence[str | None]) -> str | None:
+    """What the first of the ranks says that says anything."""
+    return next((name for name in said if name is not None), None)

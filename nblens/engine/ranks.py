@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -54,6 +54,26 @@ class Ranks:
     def smallest(self, values: Sequence[int]) -> list[int]:
         """The smallest of each value over the ranks."""
         return [-value for value in self.largest([-value for value in values])]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank says, in their order."""
+        if self.alone:
+            return [value]
+        from torch import distributed
+
+        said: list[Any] = [None] * self.size
+        distributed.all_gather_object(said, value, group=self.group)
+        return said
+
+    def all_come(self, purpose: str) -> bool:
+        """Tell whether every rank has left its run for one purpose.
+
+        What they say is as long as in `AgreedControl.agree`: a rank that was to take its next step finds out there
+        that the others do not.
+        """
+        checksum = zlib.crc32(purpose.encode())
+        _, _, largest, negated, _ = self.largest([0, 0, checksum, -checksum, 0])
+        return largest == -negated
 
 
 class AgreedControl(Control):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nblens.errors import UnsupportedModelError, first_line
+from nblens.errors import UnsupportedModelError, unsupported
 from nblens.model.hooks import HookPoint, Instrumentation, hidden_of
 from nblens.model.modes import evaluating
 
@@ -202,12 +202,8 @@ def prove(model: PreTrainedModel, architecture: Architecture) -> float:
 
 def _project(architecture: Architecture, hidden: torch.Tensor) -> torch.Tensor:
     """Tail and lm_head of residuals, without the transform of the logits."""
-    try:
+    with unsupported(f"{architecture.family}: {_route(architecture)} cannot be run alone"):
         logits: torch.Tensor = architecture.lm_head(architecture.apply_tail(hidden))
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{architecture.family}: {_route(architecture)} cannot be run alone: {first_line(error)}"
-        ) from error
     return logits
 
 
@@ -366,13 +362,8 @@ def probe_ids(model: PreTrainedModel) -> torch.Tensor:
 
 def probe_logits(model: PreTrainedModel) -> torch.Tensor:
     """The model's own logits of `probe_ids`, (2, 8, vocab_size), in evaluation mode and without a cache."""
-    with evaluating(model):
-        try:
-            logits: torch.Tensor = model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not run on token ids alone: {first_line(error)}"
-            ) from error
+    with evaluating(model), unsupported(f"{type(model).__name__} does not run on token ids alone"):
+        logits: torch.Tensor = model(input_ids=probe_ids(model).to(input_device(model)), use_cache=False).logits
     return logits
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from nblens.errors import UnsupportedModelError, first_line
+from nblens.errors import UnsupportedModelError, first_line, is_out_of_memory
 from nblens.model.architecture import Architecture, input_device, probe_ids, probe_logits
 from nblens.model.batching import Batching
 from nblens.model.generation import Batch, Observer, SteppingLoop, cache_name, new_cache, takes
@@ -140,7 +140,7 @@ def _mismatch(
         with Instrumentation([HookPoint(architecture.blocks[-1], capture=residuals.append)]):
             SteppingLoop(model, batch, Observer(), width=width, batching=way).prefill(new_cache(model))
     except Exception as error:
-        if architecture.stage:
+        if architecture.stage or is_out_of_memory(error):
             raise  # the other stages may wait for this one: they must not go on without it
         return f"cannot go on from its cache: {first_line(error)}"
     last = architecture.whole(torch.cat(residuals, 1)[None], (architecture.n_blocks - 1,))[0]

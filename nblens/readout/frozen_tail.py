@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nblens.errors import UnsupportedModelError, first_line
+from nblens.errors import UnsupportedModelError, unsupported
 from nblens.model.architecture import Architecture, output_device
 from nblens.readout.vocabulary import find_shard
 
@@ -94,13 +94,9 @@ class _Norm:
 
     def _of(self, hidden: torch.Tensor) -> torch.Tensor:
         """What it makes of one token, float64; refuses a module that takes no stream of the lm_head's width."""
-        try:
+        said = f"its final {type(self.module).__name__} is no norm of a stream of {len(hidden)} dimensions"
+        with unsupported(f"{self._family}: {said}"):
             normed: torch.Tensor = self.module(hidden[None])[0].double()
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"{self._family}: its final {type(self.module).__name__} is no norm of a stream of {len(hidden)} "
-                f"dimensions: {first_line(error)}"
-            ) from error
         return normed
 
     def center(self, hidden: torch.Tensor) -> torch.Tensor:

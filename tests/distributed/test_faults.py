@@ -1,6 +1,5 @@
 """What several processes do when something goes wrong, and that they change course at the same step."""
 
-import ipaddress
 import logging
 import os
 import signal
@@ -13,12 +12,12 @@ import warnings
 
 import psutil
 import pytest
-import ray
 from distributed.conftest import load_beside
 
 import nblens
-from nblens import Interrupted, UserError, WorkerError, loading
-from nblens.backends.rank import LoadOrder, Rank
+from nblens import Interrupted, NumericalError, UnsupportedModelError, UserError, WorkerError, loading
+from nblens.backends.rank import Rank
+from nblens.backends.rank_messages import LoadOrder
 from nblens.backends.ray_cluster import RayBackend
 from nblens.session import Session
 
@@ -116,52 +115,6 @@ def script(source):
     )
 
 
-@pytest.fixture(scope="module")
-def kernel():
-    """A process with a model over two ranks on a cluster of its own."""
-    kernel = script("""
-        import sys
-        import nblens
-        nblens.load(tp=2)
-        print("loaded", flush=True)
-        sys.stdin.read()
-    """)
-    assert kernel.stdout.readline() == "loaded\n", kernel.stderr.read()
-    yield kernel
-    kernel.kill()
-    kernel.communicate()
-
-
-def test_a_cluster_of_our_own_is_reached_from_this_machine_alone_and_with_its_token(kernel):
-    me = psutil.Process(kernel.pid)
-    processes = [me, *me.children(recursive=True)]
-    listening = [
-        (ipaddress.ip_address(connection.laddr.ip), process.name())
-        for process in processes
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
-    assert len(listening) > 5
-    open_to_others = [
-        (str(address), name)
-        for address, name in listening
-        if not (getattr(address, "ipv4_mapped", None) or address).is_loopback
-    ]
-    assert open_to_others == []
-    (server,) = [process for process in processes if "gcs_server" in process.name()]
-    assert server.environ()["RAY_AUTH_MODE"] == "token"
-
-
-def test_nothing_is_left_of_a_kernel_that_was_killed(kernel):
-    processes = psutil.Process(kernel.pid).children(recursive=True)
-    assert len([process for process in processes if "Rank" in " ".join(process.cmdline())]) == 2
-    kernel.kill()
-    kernel.communicate()
-    deadline = time.monotonic() + 10
-    for process in processes:
-        gone(process, max(0.1, deadline - time.monotonic()))
-
-
 def test_a_node_that_leaves_in_mid_run_is_an_error_with_a_name():
     run = script("""
         import threading, time
@@ -225,7 +178,7 @@ def test_a_change_of_coefficients_takes_effect_at_the_same_step_on_every_rank(cl
     out = session.generate("the cat sat", 80)
     stopping.set()
     turner.join()
-    first, second = ray.get([actor.record.remote() for actor in backend._ranks.actors])
+    first, second = backend.ask("record")
     session.unload()
     one.unload()
     assert len(out.token_ids) == 80
@@ -250,6 +203,20 @@ def test_a_model_that_cannot_be_spread_is_refused_before_the_old_one_goes(demo, 
             nblens.load(str(tmp_path / family), **options)
     assert nblens.current() is demo
     loading._current = None
+    assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
+
+
+def test_ranks_without_room_or_files_are_refused_before_the_old_model_goes(demo, tmp_path):
+    loading._current = demo
+    with pytest.raises(UserError, match="12 ranks need as many CPUs; the cluster has 6"):
+        nblens.load(pp=12)
+    assert nblens.current() is demo
+    loading._current = None
+    went = []
+    order = LoadOrder(str(tmp_path), {}, "auto", 0, tp=2)  # a folder that is here, but not what a rank needs of it
+    with pytest.raises(UserError, match="cannot load"):
+        RayBackend(order, make_room=lambda: went.append("the old model"))
+    assert went == []
     assert demo.generate("The capital of France is", 2).text.startswith(" Paris")
 
 
@@ -303,9 +270,42 @@ def test_expert_parallelism_deals_whole_experts_out(cluster, saved, talking):
     path = saved("qwen3_moe")
     for options, experts in (({"tp": 2}, 4), ({"tp": 2, "ep": 2}, 2)):
         backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, **options), actor=talking)
-        shapes = ray.get(backend._ranks.actors[0].shapes.remote())
+        shapes = backend.ask("shapes")[0]
         backend.close()
         assert {shape[0] for shape in shapes} == {experts}
+
+
+def test_a_weight_that_breaks_is_named_by_the_rank_that_has_it(cluster, saved):
+    class Spoiled(Rank):
+        """Rank 1 loses a number of a weight."""
+
+        def spoil(self, name):
+            if self._rank == 1:
+                self._engine.runner.model.get_parameter(name).detach()[0, 0] = float("nan")
+
+    path = saved("llama, an odd vocabulary")
+    one = load_beside(path)
+    backend = RayBackend(LoadOrder(str(path), {}, "auto", 0, pp=2), actor=Spoiled)
+    session = Session(backend, one.tokenizer, backend.placement, config=one.model.config, architecture=backend.facts)
+    one.unload()
+    backend.ask("spoil", "model.layers.2.mlp.down_proj.weight")
+    with pytest.raises(NumericalError, match="first in block 2 at .*; its mlp.down_proj.weight holds such values$"):
+        session.generate("the cat sat", 3)
+    session.unload()
+
+
+def test_a_model_with_a_broken_weight_is_refused_by_its_name_over_ranks(cluster, tmp_path):
+    from tiny_models import tiny_model, tiny_tokenizer
+
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.down_proj.weight.data[-1, -1] = float("nan")  # of the last rank's part
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loading._current = None
+    with pytest.raises(
+        UnsupportedModelError, match=r"its model\.layers\.2\.mlp\.down_proj\.weight holds values that are"
+    ):
+        nblens.load(str(tmp_path), tp=2)
 
 
 def test_the_model_itself_is_not_here(demo):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nblens import Sample, Steer, UserError
+from nblens import NumericalError, Sample, Steer, UserError
 
 PROMPTS = ["the cat sat on the mat", "and", "a man had tea with her one day and the dog ran"]
 TARGETS = [5, 7, 150]
@@ -135,6 +135,23 @@ def test_logits_are_attributed_alike(pair):
     for part in one.contributions:
         close(one.contributions[part], two.contributions[part])
     close(one.logits, two.logits)
+
+
+def test_what_overflows_is_located_alike_and_the_ranks_stay_usable(pair):
+    calls = (
+        lambda session: session.lens(PROMPTS[:2], steer={"v": 3e38}),
+        lambda session: session.generate(PROMPTS[0], 5, steer={"v": 3e38}),
+        lambda session: session.sweep(PROMPTS[0], "v", (0, 3e38), 1, answers=(" on", " the")),
+    )
+    for call in calls:
+        said = []
+        for session in pair:
+            with pytest.raises(NumericalError) as caught:
+                call(session)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+        assert "first in block 0 at " in said[0]
+    same_generation(*(session.generate(PROMPTS[0], 3) for session in pair))
 
 
 @pytest.mark.parametrize("kind", ["tuned", "jacobian"])

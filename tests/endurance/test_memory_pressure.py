@@ -147,6 +147,18 @@ def test_wherever_memory_runs_out_the_answer_is_right_or_the_error_is_clear(sess
     assert outcomes[True, "refused"] > 0.9 * sum(n for (for_good, _), n in outcomes.items() if for_good)
 
 
+@pytest.mark.timeout(1800)
+def test_memory_that_runs_out_while_a_model_is_proven_is_called_so(attach, long):
+    model = endless_model("llama")
+    with FullMemory() as counted:
+        attach(model)
+    for number in range(1, counted.count + 1, 1 if long else math.ceil(counted.count / FAULTS)):
+        with FullMemory(number), pytest.raises(DeviceMemoryError, match="^out of memory"):
+            attach(model)
+        assert hook_count(model) == 0
+    attach(model)
+
+
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
 def test_an_error_that_is_kept_keeps_nothing_of_the_run_in_memory(session, under, place, tmp_path):
     """A notebook holds the last traceback, and with it what its frames hold."""

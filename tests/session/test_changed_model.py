@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from dense_reference import assert_equals_dense, dense
+from sessions import at_forward, vector_of
+from steered_runs import endless_model
 from tiny_models import prompt_ids, tiny_model
 from torch import nn
 
@@ -192,6 +194,29 @@ def test_attaching_leaves_the_mode(attach):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_a_new_model_with_dropout_is_attached_while_it_is_in_training(attach):
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    first = attach(model).lens(PROMPT, top_k=3)
+    assert model.training
+    model.train(False)
+    np.testing.assert_array_equal(first.top_logprobs, attach(model).lens(PROMPT, top_k=3).top_logprobs)
+
+
+def test_a_slider_reaches_a_run_over_a_model_that_was_proven_anew(attach):
+    model = endless_model("llama")
+    session = attach(model)
+    session.vectors["v"] = vector_of()
+    model.model.layers[1] = another(model.model.layers[1])
+    with pytest.warns(RuntimeWarning, match="proven anew"):
+        plain = session.generate(PROMPT, 8, steer={}).token_ids
+    session.steer({"v": 0.0})
+    with at_forward(session, lambda number: number == 3 and session.steer({"v": 100.0})):
+        moved = session.generate(PROMPT, 8).token_ids
+    assert moved[:3] == plain[:3]
+    assert moved != plain
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch's own, when its compiler is imported first
 def test_of_what_torch_compile_returned_the_model_inside_is_read(attach):
     model = tiny_model("llama")
     session = attach(torch.compile(model))

@@ -46,7 +46,8 @@ def exhaust(model):
 def two_ranks(folder):
     """A session over two ranks whose memory can be exhausted."""
     ray = pytest.importorskip("ray")
-    from nblens.backends.rank import LoadOrder, Rank
+    from nblens.backends.rank import Rank
+    from nblens.backends.rank_messages import LoadOrder
     from nblens.backends.ray_cluster import RayBackend
 
     class Exhaustible(Rank):
@@ -154,10 +155,8 @@ def test_memory_that_runs_out_is_one_line_and_the_model_stays_usable(refused, se
         handle = exhaust(session.model.model)
         free = handle.remove
     else:
-        ray = pytest.importorskip("ray")
-        actors = session.backend._ranks.actors
-        ray.get([actor.exhaust.remote(True) for actor in actors])
-        free = lambda: ray.get([actor.exhaust.remote(False) for actor in actors])  # noqa: E731
+        session.backend.ask("exhaust", True)
+        free = lambda: session.backend.ask("exhaust", False)  # noqa: E731
     try:
         assert "out of memory while reading the prompt (1 rows × " in refused(f"%lens {TEXT}")
         with pytest.raises(DeviceMemoryError, match="out of memory") as caught:
