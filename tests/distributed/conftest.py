@@ -60,9 +60,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def load_beside(path: Path | None, **options: Any) -> nblens.Session:
     """`nblens.load` that leaves the sessions before it as they are."""
-    loading._current = None
+    loading._loaded = None
     session = nblens.load(None if path is None else str(path), **options)
-    loading._current = None
+    loading._current = loading._loaded = None
     return with_vectors(session)
 
 
