@@ -194,7 +194,7 @@ def current() -> Session:
 def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
     hf_model.train(False)
     with weights_checked(hf_model):
-        engine = Engine(Runner.of(hf_model, pad_id=_pad_id(tokenizer), tokenizer=tokenizer))
+        engine = Engine(Runner.of(hf_model, pad_id=_pad_id(tokenizer, hf_model.config), tokenizer=tokenizer))
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, engine.runner.architecture, name=name, seconds=seconds)
     return _make_current(
@@ -221,7 +221,7 @@ def _adopt_spread(
     from nblens.backends.rank import LoadOrder
     from nblens.backends.ray_cluster import RayBackend
 
-    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer)), address=address)
+    backend = RayBackend(LoadOrder(**order, pad_id=_pad_id(tokenizer, config)), address=address)
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
 
@@ -321,7 +321,8 @@ def _as_planned(planned: Plan) -> dict[str, Any]:
     return options
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill shorter rows with; it is masked, so any will do."""
+def _pad_id(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int:
+    """A token to fill shorter rows with; it is masked, so any will do that the model has."""
+    vocab_size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in candidates if token is not None)
+    return next(i for i in candidates if i is not None and (vocab_size is None or i < vocab_size))

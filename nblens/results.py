@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "RunResult", "Sweep", "fitted_lens", "shaped"]
 
 T = TypeVar("T")
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int], Sequence[int]], str]
+"""token ids, and those before them → the text of the first"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,8 +45,9 @@ class Generation:
     """
 
     text: str
-    """the new tokens only"""
+    """the new tokens only: it goes on where `prompt` ends"""
     prompt: str
+    """the prompt without special tokens"""
     token_ids: tuple[int, ...]
     """the new tokens, end-of-text included where it came"""
     trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
@@ -133,12 +135,17 @@ class RunResult:
     """Gathers the events of a run; can be read at any time, also of an unfinished run."""
 
     def __init__(
-        self, spec: RunSpec, architecture: Architecture | ModelFacts, model: str, text_of: Callable[[int], str]
+        self,
+        spec: RunSpec,
+        architecture: Architecture | ModelFacts,
+        model: str,
+        text_of: Callable[[int], str],
+        bytes_of: Callable[[int], bytes | None] = lambda token_id: None,
     ) -> None:
         self.spec = spec
         self._architecture = architecture
         self.finished: RunFinished | None = None
-        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of)
+        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of, bytes_of)
         self._activations: list[ActivationSlice] = []
 
     def add(self, event: Event) -> None:
@@ -187,8 +194,8 @@ class RunResult:
     ) -> Generation:
         """The text of a row, and the coefficients that it was started with."""
         return Generation(
-            text=decode(self.sampled(row)),
-            prompt=decode(self.spec.prompts[row]),
+            text=decode(self.sampled(row), self.spec.prompts[row]),
+            prompt=decode(self.spec.prompts[row], ()),
             token_ids=self.sampled(row),
             trajectories=self.trajectories(row),
             steer=steer,
@@ -200,7 +207,8 @@ class RunResult:
     def comparison(self, site: str, decode: Decode) -> Comparison:
         """The first two rows, without and with steering."""
         base, steered = (self.trajectories(row)[site] for row in (0, 1))
-        return Comparison(base, steered, decode(self.sampled(0)), decode(self.sampled(1)))
+        texts = (decode(self.sampled(row), self.spec.prompts[row]) for row in (0, 1))
+        return Comparison(base, steered, *texts)
 
     def captured(self, sites: str | Sequence[str], single: bool) -> Any:
         """All rows' activations in the shape that was asked for, or the file that they were written to."""

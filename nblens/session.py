@@ -27,7 +27,7 @@ from nblens.lens.lens_store import LensStore
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.placement import Placement
-from nblens.model.tokens import TokenTexts
+from nblens.model.tokens import TokenTexts, decoded
 from nblens.options import (
     SITE,
     CaptureOptions,
@@ -94,7 +94,9 @@ class Session:
         context = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
         build = RequestBuilder(architecture, tokenizer, context, self.lenses, self.vectors, self.steer)
         texts = TokenTexts(tokenizer)
-        client = Client(backend, self.lenses, lambda spec: RunResult(spec, architecture, placement.model, texts))
+        client = Client(
+            backend, self.lenses, lambda spec: RunResult(spec, architecture, placement.model, texts, texts.bytes_of)
+        )
         self._inside: tuple[RequestBuilder, Client] | None = build, client
 
     @property
@@ -555,7 +557,9 @@ class Session:
             How a direction is computed: mean of the differences positive − negative (Rimsky et al. 2023, arXiv
             2312.06681); their first principal component about their mean (Zou et al. 2023, arXiv 2310.01405), or not
             centred; the normal of a logistic regression. All are as long as the mean difference reaches along them,
-            so that a coefficient of 1 means the same. See `nblens.steering.estimators`.
+            so that a coefficient of 1 means the same. `pca_diff` leaves the mean difference itself out: its component
+            may lie at right angles to it, and its sign, which follows the mean, be the opposite of repeng's, which
+            follows the majority of pairs. See `nblens.steering.estimators`.
         site, sites : str
             Where activations are read and the vector is added; one, under either name.
         layers : int, slice, str or sequence, optional
@@ -806,8 +810,8 @@ class Session:
         if self.backend is not None:
             self.backend.steer({live_name(key): c for key, c in coefficients.items()})
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: Sequence[int], after: Sequence[int]) -> str:
+        return decoded(self.tokenizer, ids, after)
 
 
 def inside(session: Session) -> tuple[RequestBuilder, Client]:

@@ -56,6 +56,8 @@ class Cells(TokenGrid):
     """int32 (n_layers, n_tokens, n_targets)"""
     vocabulary: Mapping[int, str] = field(default_factory=dict)
     """text of every token id that occurs in this trajectory"""
+    bytes_of_tokens: Mapping[int, str] = field(default_factory=dict)
+    """of every fed token that holds part of a character: its bytes in hexadecimal digits"""
     prompt_length: int = 0
     """how many of the tokens are the prompt's; the rest were generated"""
     n_blocks: int = 0
@@ -87,8 +89,15 @@ class Cells(TokenGrid):
 
     @property
     def text(self) -> str:
-        """The fed tokens as one string."""
-        return "".join(self.tokens)
+        """The fed tokens as one string; tokens that hold parts of one character make it together."""
+        text, held = "", b""
+        for token, token_id in zip(self.tokens, self.token_ids.tolist(), strict=True):
+            if (part := self.bytes_of_tokens.get(token_id)) is not None:
+                held += bytes.fromhex(part)
+                continue
+            text += held.decode(errors="replace") + token
+            held = b""
+        return text + held.decode(errors="replace")
 
     def top(self, layer: int = -1, token: int = -1) -> list[tuple[str, float]]:
         """Most likely tokens with their probabilities at one cell.
@@ -166,6 +175,7 @@ class Cells(TokenGrid):
             one,
             tokens=one.tokens + more.tokens,
             vocabulary={**one.vocabulary, **more.vocabulary},
+            bytes_of_tokens={**one.bytes_of_tokens, **more.bytes_of_tokens},
             prompt_length=one.prompt_length if one.prompt_length < one.n_tokens else one.n_tokens + more.prompt_length,
             **arrays,
         )
