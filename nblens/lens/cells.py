@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 from nblens.layers import format_layers, parse_layers
 from nblens.views.panels import TokenGrid
 
@@ -128,7 +128,7 @@ class Cells(TokenGrid):
             return self.kl_to_final
         if name == "rank":
             return self.next_rank
-        raise UserError(f"metric {name!r} is unknown; one of {', '.join(METRICS)}")
+        raise UserError(f"metric {shown(name)} is unknown; one of {', '.join(METRICS)}")
 
     def truncated(self, n_tokens: int) -> Self:
         """The same trajectory over its first `n_tokens` tokens."""
