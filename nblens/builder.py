@@ -11,7 +11,7 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 from nblens.layers import parse_layers
 from nblens.lens.fitting import hold_out
 from nblens.lens.jacobian import SKIPPED
@@ -19,7 +19,8 @@ from nblens.lens.lens_store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, encode, single_token
+from nblens.model.targets import single_token
+from nblens.model.tokens import as_prompts, encode
 from nblens.options import SITE, Prompt, check_generation, listed, plain_options, several_sites
 from nblens.specs import (
     LENS_KINDS,
@@ -103,7 +104,7 @@ class RequestBuilder:
         if not prompts:
             raise UserError("the prompt is empty")
         if not isinstance(generate, Integral) or generate < 0:
-            raise UserError(f"the number of tokens to generate must be 0 or more, got {generate!r}")
+            raise UserError(f"the number of tokens to generate must be 0 or more, got {shown(generate)}")
         return tuple(self.ids(text, chat=chat, generate=generate) for text in prompts), single
 
     def steers(self, steer: Steering) -> list[Steer]:
@@ -122,7 +123,7 @@ class RequestBuilder:
     ) -> tuple[Steer, tuple[float, ...]]:
         """One vector at several coefficients."""
         if isinstance(coefficients, (Real, str)) or coefficients is None:
-            raise UserError(f"sweep needs a list of coefficients, got {coefficients!r}")
+            raise UserError(f"sweep needs a list of coefficients, got {shown(coefficients)}")
         strengths = tuple(check_coefficient(name, c) for c in listed("coefficients", coefficients, _MOST_ROWS))
         if not strengths:
             raise UserError("sweep needs a list of coefficients, got []")
@@ -155,7 +156,7 @@ class RequestBuilder:
         """What the lens shall read."""
         vocab_size = self.architecture.vocab_size
         if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
-            raise UserError(f"top_k must be between 1 and {vocab_size}, got {top_k!r}")
+            raise UserError(f"top_k must be between 1 and {vocab_size}, got {shown(top_k)}")
         lens = os.fspath(lens) if isinstance(lens, os.PathLike) else lens
         blocks, names = parse_layers(layers, self.architecture.n_blocks), _site_names(sites)
         self.lenses.check(lens, names, blocks)
@@ -173,11 +174,11 @@ class RequestBuilder:
         if options is None or options is False:
             return None
         if options is not True and not isinstance(options, Mapping):
-            raise UserError(f"lens must be True, or a dict of arguments of lens; got {options!r}")
+            raise UserError(f"lens must be True, or a dict of arguments of lens; got {shown(options)}")
         given = {} if options is True else dict(options)
         known = ("layers", "sites", "site", "top_k", "targets", "lens", "metrics")
         if unknown := sorted(set(given) - set(known)):
-            raise UserError(f"lens option {unknown[0]!r} is unknown; one of {', '.join(known)}")
+            raise UserError(f"lens option {shown(unknown[0])} is unknown; one of {', '.join(known)}")
         sites = several_sites("lens", given.pop("sites", SITE), given.pop("site", None))
         return self.lens(sites=sites, **given)
 
@@ -190,7 +191,7 @@ class RequestBuilder:
 
     def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
         if not isinstance(targets, (str, Integral, Iterable)):
-            raise UserError(f"targets must be tokens, as text or ids, got {targets!r}")
+            raise UserError(f"targets must be tokens, as text or ids, got {shown(targets)}")
         wanted = [targets] if isinstance(targets, (str, Integral)) else listed("targets", targets)
         return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
 
@@ -206,7 +207,7 @@ class RequestBuilder:
     ) -> CaptureSpec:
         """Which activations shall be kept, of which tokens."""
         if to is not None and not isinstance(to, (str, os.PathLike)):
-            raise UserError(f"to must be the path of a file, got {to!r}")
+            raise UserError(f"to must be the path of a file, got {shown(to)}")
         kept = () if positions is None else _kept(positions, [len(ids) for ids in prompts], generate)
         from_end = any(one.counts_from_end for one in kept) and generate > 1
         most = [n + max(0, generate - 1) for n in map(len, prompts)]  # what is fed, unless the text ends before
@@ -228,9 +229,9 @@ class RequestBuilder:
     ) -> GenerationSpec:
         """How the text shall go on; every row draws from a generator of its own, with the same seed or each its own."""
         if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+            raise UserError(f"max_new_tokens must be 1 or more, got {shown(max_new_tokens)}")
         if not isinstance(temperature, Real) or not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature must be 0 (greedy) or a positive number, got {temperature}")
+            raise UserError(f"temperature must be 0 (greedy) or a positive number, got {shown(temperature)}")
         seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
         return GenerationSpec(int(max_new_tokens), float(temperature), seeds, plain_options(options or {}))
 
@@ -249,15 +250,16 @@ class RequestBuilder:
     def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> AnsweredPrompt:
         """One prompt in text with a positive and a negative answer as token ids."""
         if not isinstance(prompt, str) or isinstance(answers, str) or not _are_two(answers):
-            raise UserError(f"answers are two texts that may follow a prompt in text, got {answers!r} and {prompt!r}")
+            raise UserError(
+                f"answers are two texts that may follow a prompt in text, got {shown(answers)} and {shown(prompt)}"
+            )
         return self.answers([Sample(prompt, *answers)], chat=chat)[0]
 
     def text_ids(self, text: str, longest: int) -> Ids:
         """Token ids of a text, cut to some length and to the context."""
         if not isinstance(text, str):
-            raise UserError(f"a text must be a string, got {text!r}")
-        ids = encode(self.tokenizer, text, chat=False, vocab_size=self.architecture.vocab_size, room=None)
-        return ids[: min(longest, self.context or longest)]
+            raise UserError(f"a text must be a string, got {shown(text)}")
+        return self._beginning(text, min(longest, self.context or longest))
 
     def answered(self, prompt: str, answers: Sequence[str], *, chat: bool) -> AnsweredPrompt:
         """A prompt with its answers as token ids."""
@@ -275,25 +277,23 @@ class RequestBuilder:
     ) -> FitSpec:
         """Texts to fit a lens to, and texts held out to measure it."""
         if kind not in LENS_KINDS:
-            raise UserError(f"lens kind {kind!r} is unknown; one of {', '.join(LENS_KINDS)}")
+            raise UserError(f"lens kind {shown(kind)} is unknown; one of {', '.join(LENS_KINDS)}")
         if kind == "jacobian" and (steps, learning_rate) != (None, None):
             raise UserError("steps and learning_rate are of a tuned lens; a jacobian lens is a mean over all the texts")
         steps = _STEPS if steps is None else steps
         learning_rate = _LEARNING_RATE if learning_rate is None else learning_rate
         for what, number in (("steps", steps), ("batch_tokens", batch_tokens)):
             if not isinstance(number, Integral) or number < 1:
-                raise UserError(f"{what} must be 1 or more, got {number!r}")
+                raise UserError(f"{what} must be 1 or more, got {shown(number)}")
         if not isinstance(learning_rate, Real) or not 0 < learning_rate < 1e38:
-            raise UserError(f"learning_rate must be a positive number below 1e38, got {learning_rate!r}")
+            raise UserError(f"learning_rate must be a positive number below 1e38, got {shown(learning_rate)}")
         if not isinstance(seed, Integral):
-            raise UserError(f"seed must be a whole number, got {seed!r}")
+            raise UserError(f"seed must be a whole number, got {shown(seed)}")
         prompts, single = as_prompts(texts)
         if single or len(prompts) < 2:
             raise UserError("a lens is fitted to a list of two texts or more: one of them is held out to measure it")
         longest = min(batch_tokens, self.context or batch_tokens)
-        encode_whole = {"chat": False, "vocab_size": self.architecture.vocab_size, "room": None}
-        cut = [encode(self.tokenizer, text, **encode_whole)[:longest] for text in prompts]
-        fitted, held_out = hold_out(cut)
+        fitted, held_out = hold_out([self._beginning(text, longest) for text in prompts])
         if kind == "jacobian" and max(map(len, fitted)) <= SKIPPED + 1:
             raise UserError(
                 f"a jacobian lens leaves out the first {SKIPPED} tokens of a text and the last; "
@@ -306,6 +306,11 @@ class RequestBuilder:
         room = None if self.context is None else max(0, self.context - generate)
         return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
 
+    def _beginning(self, text: str | list[int], longest: int) -> Ids:
+        """At most so many token ids of a text."""
+        size = self.architecture.vocab_size
+        return encode(self.tokenizer, text, chat=False, vocab_size=size, room=None, longest=longest)
+
 
 def live_name(key: str) -> str:
     """What `session.steer` changes is called so in a run, apart from vectors that a call names itself."""
@@ -317,22 +322,22 @@ def _kept(spec: Any, prompt_lengths: Sequence[int], generate: int) -> tuple[Posi
     if isinstance(spec, str):
         if spec not in _NAMED_POSITIONS:
             known = ", ".join(_NAMED_POSITIONS)
-            raise UserError(f"positions {spec!r} are unknown; one of {known}, or indices, or a slice")
+            raise UserError(f"positions {shown(spec)} are unknown; one of {known}, or indices, or a slice")
         return tuple(_NAMED_POSITIONS[spec](length) for length in prompt_lengths)
     if isinstance(spec, slice):
         try:
             ends = slice(*(None if end is None else operator.index(end) for end in (spec.start, spec.stop, spec.step)))
             range(0)[ends]
         except (TypeError, ValueError) as error:
-            raise UserError(f"positions {spec!r}: {error}") from None
+            raise UserError(f"positions {shown(spec)}: {error}") from None
         return (Positions(span=(ends.start, ends.stop, ends.step)),) * len(prompt_lengths)
     if isinstance(spec, bool) or not isinstance(spec, (Integral, Iterable)):
-        raise UserError(f"positions must be indices, a slice or a name, got {spec!r}")
+        raise UserError(f"positions must be indices, a slice or a name, got {shown(spec)}")
     indices = [spec] if isinstance(spec, Integral) else listed("positions", spec)
     for length in prompt_lengths:
         fed = length + max(0, generate - 1)
         if bad := [i for i in indices if not _is_index(i) or not -fed <= int(i) < fed]:
-            raise UserError(f"position {bad[0]!r} is outside a text of {fed} tokens")
+            raise UserError(f"position {shown(bad[0])} is outside a text of {fed} tokens")
     return (Positions(indices=tuple(map(int, indices))),) * len(prompt_lengths)
 
 
@@ -354,10 +359,12 @@ def _are_two(values: Any) -> bool:
 
 def _metrics(metrics: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(metrics, Iterable):
-        raise UserError(f"metrics must be names, or none: (), got {metrics!r}")
+        raise UserError(f"metrics must be names, or none: (), got {shown(metrics)}")
     names = (metrics,) if isinstance(metrics, str) else tuple(listed("metrics", metrics))
     if unknown := [name for name in names if name not in LENS_METRICS]:
-        raise UserError(f"metric {unknown[0]!r} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()")
+        raise UserError(
+            f"metric {shown(unknown[0])} is unknown; a lens computes {', '.join(LENS_METRICS)}, or none: ()"
+        )
     return names
 
 
@@ -367,7 +374,7 @@ def _seeds(seed: int | Sequence[int], rows: int) -> tuple[int, ...]:
     if isinstance(seed, Iterable):
         seeds = tuple(islice(seed, rows + 1))  # of what may have no end
     if isinstance(seed, str) or not all(isinstance(s, Integral) for s in seeds):
-        raise UserError(f"seed must be a whole number, or one for each prompt, got {seed!r}")
+        raise UserError(f"seed must be a whole number, or one for each prompt, got {shown(seed)}")
     if len(seeds) != rows:
         number = len(seed) if isinstance(seed, Sized) else len(seeds) if len(seeds) < rows else "more"
         raise UserError(f"seed must be one number, or one for each of the {rows} rows; got {number} numbers")
@@ -378,7 +385,7 @@ def _site_names(sites: str | Sequence[str]) -> tuple[str, ...]:
     single = isinstance(sites, str) or not isinstance(sites, Iterable)
     names = (sites,) if single else tuple(listed("sites", sites))
     if not all(isinstance(name, str) for name in names):
-        raise UserError(f"sites must be names such as resid_post, got {sites!r}")
+        raise UserError(f"sites must be names such as resid_post, got {shown(sites)}")
     if not names:
         raise UserError("name at least one site, such as resid_post")
     return tuple(dict.fromkeys(check_site(name) for name in names))

@@ -18,6 +18,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +41,11 @@ __all__ = [
     "is_out_of_memory",
     "shown",
     "unsupported",
+    "warn_caller",
 ]
+
+_LONGEST_VALUE = 80  # characters of a value that a message quotes
+_LONGEST_LINE = 1000  # characters of a line of a message, whatever it quotes
 
 
 class NblensError(Exception):
@@ -53,7 +59,8 @@ class NblensError(Exception):
     """what is left of a message's layout"""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(escaped(str(message), self._layout))
+        lines = str(message).split("\n") if "\n" in self._layout else [str(message)]
+        super().__init__("\n".join(_bounded(escaped(_bounded(line), self._layout)) for line in lines))
 
 
 class UserError(NblensError, ValueError):
@@ -154,11 +161,27 @@ def unsupported(said: str) -> Iterator[None]:
 
 def shown(value: object) -> str:
     """A value for a message: its repr, cut where it is long, its type where it has none."""
+    part = value[:_LONGEST_VALUE] if isinstance(value, (str, bytes)) else value
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; what holds itself too deeply
+        text = repr(part)
+    except Exception:  # a number of thousands of digits; what holds itself too deeply; what a user's class does
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"
+
+
+def warn_caller(message: str) -> None:
+    """Warn of something in one line, as if the line warned that called this package from outside."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "nblens":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(_bounded(escaped(_bounded(message))), RuntimeWarning, stacklevel=level)
+
+
+def _bounded(line: str) -> str:
+    """A line of a message without its midst, where what it quotes made it long: what failed and what to do stay."""
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[: _LONGEST_LINE // 2 - 1]} … {line[-(_LONGEST_LINE // 2 - 2) :]}"
 
 
 def escaped(text: str, kept: str = "") -> str:

@@ -10,15 +10,24 @@ from typing import Any
 import numpy as np
 
 from nblens.builder import RequestBuilder
-from nblens.errors import Interrupted, UserError
+from nblens.errors import Interrupted, UserError, shown, warn_caller
 from nblens.layers import parse_layers
 from nblens.model.answers import n_shared
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids
+from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids, special_ids, tokenize
 from nblens.progress import Send, progress_bar
 from nblens.specs import ExtractionFinished, ExtractionSpec, Span, finished
 from nblens.steering.estimators import METHODS
-from nblens.steering.extraction import Read, best_block, check_read, read_name, read_span
+from nblens.steering.extraction import (
+    WITH_SPECIAL,
+    Read,
+    best_block,
+    check_read,
+    mean_positions,
+    read_name,
+    read_span,
+    takes_special,
+)
 from nblens.steering.samples import Pair, Sample, as_pairs
 from nblens.steering.steer import Steer
 from nblens.steering.vector_store import check_name, check_op
@@ -60,11 +69,13 @@ class Extractor:
         blocks = None if layers is None else parse_layers(layers, n_blocks)
         spec = self._spec(pairs, method=method, site=site, read=read, chat=chat)
         event = self._extract(spec, f"vector {name}", progress)
+        written = blocks or (best_block(event.separation, len(spec.positive)),)
+        self._warn_of_carried_means(spec, event, written, read_name(read))
         return SteeringVector(
             name=name,
             directions=dict(enumerate(event.directions)),
             site=site,
-            layers=blocks or (best_block(event.separation, len(spec.positive)),),
+            layers=written,
             write=usual.write,
             op=usual.op,
             model=self.model,
@@ -129,12 +140,13 @@ class Extractor:
     ) -> ExtractionSpec:
         """Contrast pairs as token ids, with the places where each is read."""
         if method not in METHODS:
-            raise UserError(f"extraction method {method!r} is unknown; one of {', '.join(METHODS)}")
+            raise UserError(f"extraction method {shown(method)} is unknown; one of {', '.join(METHODS)}")
         for what, number in (("n_shuffles", n_shuffles), ("seed", seed)):
             if not isinstance(number, Integral) or number < 0:
-                raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
+                raise UserError(f"{what} must be a whole number, 0 or more; got {shown(number)}")
         check_read(read)
-        read_pairs = [self._pair(number, pair, read, chat) for number, pair in enumerate(as_pairs(pairs), 1)]
+        left_out = None if takes_special(read) else special_ids(self.build.tokenizer)
+        read_pairs = [self._pair(number, pair, read, chat, left_out) for number, pair in enumerate(as_pairs(pairs), 1)]
         (positive, negative), (positive_spans, negative_spans) = (
             tuple(zip(*column, strict=True)) for column in zip(*read_pairs, strict=True)
         )
@@ -143,6 +155,7 @@ class Extractor:
             negative,
             positive_spans,
             negative_spans,
+            left_out=None if left_out is None else tuple(sorted(left_out)),
             site=check_site(site),
             method=method,
             blocks=tuple(blocks),
@@ -150,11 +163,33 @@ class Extractor:
             seed=int(seed),
         )
 
-    def _pair(self, number: int, pair: Pair, read: Read, chat: bool) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
+    def _warn_of_carried_means(
+        self, spec: ExtractionSpec, event: ExtractionFinished, blocks: Sequence[int], read: str
+    ) -> None:
+        """Tell of means, at blocks that are written, that are those of one token."""
+        count, token_id, block = max((*event.carried[block], block) for block in blocks)
+        if count:
+            token = self.build.tokenizer.convert_ids_to_tokens(token_id)
+            warn_caller(
+                f"read at {read}, one token carries more than half of the mean's norm in {count} of "
+                f"{2 * len(spec.positive)} texts at block {block}, most often {shown(token)}: the vector is more that "
+                "token's than the texts'; read elsewhere, or at read='last'"
+            )
+
+    def _pair(
+        self, number: int, pair: Pair, read: Read, chat: bool, left_out: frozenset[int] | None
+    ) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
         """Token ids of both sides, and what is read of them."""
         try:
             ids, labels = self._sides(pair, label=read == "label", chat=chat)
             spans = tuple(read_span(read, len(one), label) for one, label in zip(ids, labels, strict=True))
+            for one, span in zip(ids, spans, strict=True):
+                if not mean_positions(one, span, left_out):
+                    raise UserError(
+                        f"the mean leaves out special tokens and a text's first, and at {read_name(read)} one of the "
+                        f"texts, of {len(one)} tokens, has no other; give read='{read_name(read)}{WITH_SPECIAL}' to "
+                        "take them in, or longer texts"
+                    )
         except UserError as error:
             raise UserError(f"pair {number}: {error}") from error
         return ids, spans
@@ -181,14 +216,14 @@ class Extractor:
         if not chat:
             return self.build.ids(prompt + answer, chat=False)
         check_characters("the prompt", prompt + answer)
-        tokenizer = self.build.tokenizer
-        ids = tokenizer(chat_text(tokenizer, prompt) + answer, add_special_tokens=False)["input_ids"]
-        check_ids(ids, self.build.architecture.vocab_size, self.build.context)
-        return tuple(ids)
+        tokenizer, room = self.build.tokenizer, self.build.context
+        whole = tokenize(tokenizer, chat_text(tokenizer, prompt) + answer, special=False, most=room)
+        check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
+        return whole.ids
 
 
 def _one_text(text: Any) -> str | list[int]:
     (first, *_), single = as_prompts(text) if len(text) else ([""], True)
     if not single:
-        raise UserError(f"a side must be text or token ids, got {text!r}")
+        raise UserError(f"a side must be text or token ids, got {shown(text)}")
     return first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from nblens.errors import UserError
+from nblens.errors import UserError, warn_caller
 from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "RunResult", "Sweep", "fitted_lens", "shaped"]
 
 T = TypeVar("T")
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[int], Sequence[int]], str]
+"""token ids, and those before them → the text of the first"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,8 +44,9 @@ class Generation:
     """
 
     text: str
-    """the new tokens only"""
+    """the new tokens only: it goes on where `prompt` ends"""
     prompt: str
+    """the prompt without special tokens"""
     token_ids: tuple[int, ...]
     """the new tokens, end-of-text included where it came"""
     trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
@@ -136,12 +137,17 @@ class RunResult:
     """Gathers the events of a run; can be read at any time, also of an unfinished run."""
 
     def __init__(
-        self, spec: RunSpec, architecture: Architecture | ModelFacts, model: str, text_of: Callable[[int], str]
+        self,
+        spec: RunSpec,
+        architecture: Architecture | ModelFacts,
+        model: str,
+        text_of: Callable[[int], str],
+        bytes_of: Callable[[int], bytes | None] = lambda token_id: None,
     ) -> None:
         self.spec = spec
         self._architecture = architecture
         self.finished: RunFinished | None = None
-        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of)
+        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of, bytes_of)
         self._activations: list[ActivationSlice] = []
 
     def add(self, event: Event) -> None:
@@ -183,15 +189,15 @@ class RunResult:
         """Tell of a readout that overflowed although what it read is finite: its cells are NaN, all others stand."""
         if lost := self._collector.unreadable():
             places = ", ".join(f"block {block} at {site} ({count} tokens)" for (site, block), count in lost.items())
-            warnings.warn(f"inf or NaN in the readout of {places}; these cells are NaN", RuntimeWarning, stacklevel=4)
+            warn_caller(f"inf or NaN in the readout of {places}; these cells are NaN")
 
     def generation(
         self, row: int, decode: Decode, steer: Mapping[str, float], coefficient: float | None = None
     ) -> Generation:
         """The text of a row, and the coefficients that it was started with."""
         return Generation(
-            text=decode(self.sampled(row)),
-            prompt=decode(self.spec.prompts[row]),
+            text=decode(self.sampled(row), self.spec.prompts[row]),
+            prompt=decode(self.spec.prompts[row], ()),
             token_ids=self.sampled(row),
             trajectories=self.trajectories(row),
             steer=steer,
@@ -203,8 +209,8 @@ class RunResult:
     def comparison(self, site: str, decode: Decode) -> Comparison:
         """The first two rows, without and with steering."""
         base, steered = (self.trajectories(row)[site] for row in (0, 1))
-        beside_base = self._collector.beside_base(site)
-        return Comparison(base, steered, decode(self.sampled(0)), decode(self.sampled(1)), **beside_base)
+        text, steered_text = (decode(self.sampled(row), self.spec.prompts[row]) for row in (0, 1))
+        return Comparison(base, steered, text, steered_text, **self._collector.beside_base(site))
 
     def captured(self, sites: str | Sequence[str], single: bool) -> Any:
         """All rows' activations in the shape that was asked for, or the file that they were written to."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from nblens.backends.backend import Backend
 from nblens.builder import RequestBuilder, live_name
 from nblens.client import Client
 from nblens.engine.control import Coefficients
-from nblens.errors import Interrupted, NoModelError, UserError, escaped
+from nblens.errors import Interrupted, NoModelError, UserError, escaped, warn_caller
 from nblens.evaluation.experiment import Evaluation
 from nblens.evaluation.measurement import Measurement, MeasurementOptions, chosen
 from nblens.evaluation.neutral import NEUTRAL_TEXTS
@@ -32,7 +31,7 @@ from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.placement import Placement
 from nblens.model.position_code import context_of
-from nblens.model.tokens import TokenTexts
+from nblens.model.tokens import TokenTexts, decoded
 from nblens.options import (
     SITE,
     CaptureOptions,
@@ -586,7 +585,9 @@ class Session:
             How a direction is computed: mean of the differences positive − negative (Rimsky et al. 2023, arXiv
             2312.06681); their first principal component about their mean (Zou et al. 2023, arXiv 2310.01405), or not
             centred; the normal of a logistic regression. All are as long as the mean difference reaches along them,
-            so that a coefficient of 1 means the same. See `nblens.steering.estimators`.
+            so that a coefficient of 1 means the same. `pca_diff` leaves the mean difference itself out: its component
+            may lie at right angles to it, and its sign, which follows the mean, be the opposite of repeng's, which
+            follows the majority of pairs. See `nblens.steering.estimators`.
         site, sites : str
             Where activations are read and the vector is added; one, under either name.
         layers : int, slice, str or sequence, optional
@@ -833,8 +834,8 @@ class Session:
         self._measured[vector.name] = self.vectors[vector.name], report
         return report
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _decode(self, ids: Sequence[int], after: Sequence[int]) -> str:
+        return decoded(self.tokenizer, ids, after)
 
 
 def inside(session: Session) -> tuple[RequestBuilder, Client]:
@@ -857,7 +858,7 @@ def inside(session: Session) -> tuple[RequestBuilder, Client]:
             build = replace(build, architecture=renewed.architecture)
             client.renew(renewed.backend, _results(build.architecture, session.placement.model, session._texts))
             session._inside = build, client
-            warnings.warn(f"{renewed.what}: the model was proven anew", RuntimeWarning, stacklevel=3)
+            warn_caller(f"{renewed.what}: the model was proven anew")
     return build, client
 
 
@@ -869,4 +870,4 @@ def _send(session: Session | None, coefficients: Coefficients) -> None:
 
 def _results(architecture: Architecture | ModelFacts, model: str, texts: TokenTexts) -> Callable[[RunSpec], RunResult]:
     """What gathers what a request gives."""
-    return lambda spec: RunResult(spec, architecture, model, texts)
+    return lambda spec: RunResult(spec, architecture, model, texts, texts.bytes_of)

@@ -196,6 +196,8 @@ class ExtractionSpec:
     positive_spans: tuple[Span, ...] = ()
     """for each text the positions whose mean activation is read; empty: its last token"""
     negative_spans: tuple[Span, ...] = ()
+    left_out: tuple[int, ...] | None = None
+    """ids of special tokens, which means leave out beside each text's first; None: means take in all of a span"""
     site: str = "resid_post"
     method: str = "mean_diff"
     blocks: tuple[int, ...] = ()
@@ -328,9 +330,11 @@ class ExtractionFinished:
     separation: np.ndarray
     """float32 (n_blocks,): d′ of held-back pairs"""
     activation_norms: np.ndarray
-    """float32 (n_blocks,): mean Euclidean norm of the activations that were read, over both sides"""
+    """float32 (n_blocks,): mean Euclidean norm of a token's activation where it was read, over both sides"""
     shuffled: np.ndarray
     """float32 (n_shuffles, n_blocks, d_model): directions of pairs with randomly swapped sides"""
+    carried: tuple[tuple[int, int], ...]
+    """per block: of how many texts one token carries more than half of the mean's norm, and which it is most often"""
     data_hash: str
     cancelled: bool
 

@@ -14,6 +14,7 @@ from tiny_models import tiny_tokenizer
 import nblens
 from nblens import (
     DeviceMemoryError,
+    DoesNotFitError,
     FileFormatError,
     Interrupted,
     NblensError,
@@ -26,6 +27,7 @@ from nblens import (
     VectorMismatchError,
     WorkerError,
 )
+from nblens.errors import shown
 
 
 @pytest.fixture
@@ -195,3 +197,64 @@ def test_the_tree_is_the_one_drawn_at_the_top_of_the_file():
     assert not issubclass(Interrupted, Exception), "`except Exception` in a user's loop must not swallow an interrupt"
     assert Interrupted("stopped", partial=[1]).partial == [1]
     assert Interrupted("stopped").partial is None
+
+
+LONG = "\N{GRINNING FACE}\x1b" * 50_000
+QUOTED = {
+    "a target": lambda s: s.lens(TEXT, targets=[LONG]),
+    "a metric": lambda s: s.lens(TEXT, metrics=[LONG]),
+    "layers": lambda s: s.lens(TEXT, layers=LONG),
+    "a site": lambda s: s.lens(TEXT, sites=LONG),
+    "a lens": lambda s: s.lens(TEXT, lens=LONG),
+    "positions": lambda s: s.capture(TEXT, positions=LONG),
+    "a prompt": lambda s: s.lens(LONG),
+    "an item of a prompt": lambda s: s.lens([[LONG]]),
+    "half of a character": lambda s: s.lens(LONG + "\ud800" + LONG),
+    "an answer": lambda s: s.sweep(TEXT, "v", [1.0], 1, answers=(LONG, LONG)),
+    "answers": lambda s: s.sweep(TEXT, "v", [1.0], 1, answers=[LONG] * 3),
+    "a vector": lambda s: s.generate(TEXT, 1, steer={LONG: 1.0}),
+    "a name": lambda s: s.extract(LONG, PAIRS),
+    "a method": lambda s: s.extract("x", PAIRS, method=LONG),
+    "a place to read": lambda s: s.extract("x", PAIRS, read=LONG),
+    "a place to write": lambda s: s.extract("x", PAIRS, write=LONG),
+    "an operation": lambda s: s.extract("x", PAIRS, op=LONG),
+    "a pair": lambda s: s.extract("x", [LONG]),
+    "a side": lambda s: s.extract("x", [([LONG], "a")]),
+    "a file": lambda s: s.extract("x", LONG),
+    "coefficients": lambda s: s.sweep(TEXT, "v", LONG, 1),
+    "a seed": lambda s: s.generate(TEXT, 1, seed=[LONG]),
+    "texts": lambda s: s.fit_lens(["a", "b"], kind=LONG),
+    "a number of tokens": lambda s: s.generate(TEXT, LONG),
+    "a keyword": lambda s: s.generate(TEXT, 1, **{LONG: 1}),
+    "a layer of a trajectory": lambda s: s.lens(TEXT).metric(LONG),
+}
+
+
+@pytest.mark.parametrize("quoted", QUOTED)
+def test_a_message_does_not_grow_with_what_it_quotes(session, quoted):
+    before = state(session)
+    with pytest.raises(UserError) as caught:
+        QUOTED[quoted](session)
+    assert len(str(caught.value)) <= 1000
+    assert str(caught.value).isprintable()
+    assert state(session) == before
+
+
+def test_a_long_message_keeps_what_failed_and_what_to_do():
+    message = str(UserError(f"cannot read {'x' * 10**6}; give something shorter"))
+    assert len(message) == 1000
+    assert message.startswith("cannot read xxx")
+    assert message.endswith("xxx; give something shorter")
+    lines = str(DoesNotFitError("\n".join(["y" * 2000, "short"]))).split("\n")
+    assert [len(line) for line in lines] == [1000, 5]
+
+
+def test_a_value_that_has_no_repr_is_named_by_its_type():
+    class Unspeakable:
+        def __repr__(self):
+            raise RuntimeError("no")
+
+    assert shown(Unspeakable()) == "a Unspeakable"
+    assert shown("é" * 10**7) == "'" + "é" * 78 + "…"
+    assert shown(b"a" * 10**7).startswith("b'aaa")
+    assert shown([1, "a"]) == "[1, 'a']"

@@ -16,7 +16,14 @@ from nblens.model.batching import packed
 from nblens.model.generation import Batch, Phase
 from nblens.specs import ExtractionFinished, ExtractionSpec, Progress, Span
 from nblens.steering.estimators import ESTIMATORS
-from nblens.steering.extraction import Separation, SpanReader, data_hash, held_back, shuffle_signs
+from nblens.steering.extraction import (
+    Separation,
+    SpanReader,
+    data_hash,
+    dominant_token,
+    held_back,
+    shuffle_signs,
+)
 
 __all__ = ["Extraction"]
 
@@ -41,6 +48,8 @@ class Extraction:
         self._estimator = ESTIMATORS[spec.method](*shape, spec.n_shuffles)
         self._signs = torch.from_numpy(shuffle_signs(len(spec.positive), spec.n_shuffles, spec.seed))
         self._norms = torch.zeros(len(self._blocks), dtype=torch.float64)
+        self._left_out = None if spec.left_out is None else frozenset(spec.left_out)
+        self._carriers: list[list[int]] = [[] for _ in self._blocks]
         self._judges = set(held_back(len(spec.positive)))
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._held_pairs: list[int] = []
@@ -58,15 +67,20 @@ class Extraction:
         batches = self._batches()
         for step, pairs in enumerate(batches, 1):
             texts = [self._spec.positive[i] for i in pairs] + [self._spec.negative[i] for i in pairs]
-            states = self._states(texts, self._spans(pairs))
+            states, lengths = self._states(texts, self._spans(pairs))
             if self._control.cancelled:
                 break
+            self._measure(texts, lengths)
             self._take(pairs, *states.chunk(2, dim=1))
             self._emit(Progress(step, len(batches)))
         self._emit(self._finished())
 
+    def _measure(self, texts: Sequence[Ids], lengths: torch.Tensor) -> None:
+        self._norms += lengths[:, :, 0].double().sum(1)
+        for carriers, positions in zip(self._carriers, lengths[:, :, 1].int().tolist(), strict=True):
+            carriers += [ids[position] for ids, position in zip(texts, positions, strict=True) if position >= 0]
+
     def _take(self, pairs: Sequence[int], positive: torch.Tensor, negative: torch.Tensor) -> None:
-        self._norms += positive.double().norm(dim=-1).sum(1) + negative.double().norm(dim=-1).sum(1)
         held = [place for place, pair in enumerate(pairs) if pair in self._judges]
         all_judge = len(self._judges) == len(self._spec.positive)
         rest = [place for place, pair in enumerate(pairs) if all_judge or pair not in self._judges]
@@ -97,6 +111,7 @@ class Extraction:
             separation=separation,
             activation_norms=(self._norms / (2 * n_pairs)).float().numpy(),
             shuffled=shuffled,
+            carried=tuple((len(carriers), dominant_token(carriers)) for carriers in self._carriers),
             data_hash=data_hash(self._spec),
             cancelled=self._control.cancelled,
         )
@@ -114,10 +129,11 @@ class Extraction:
         sides = ((spec.positive, spec.positive_spans), (spec.negative, spec.negative_spans))
         return [spans[i] if spans else (len(texts[i]) - 1, len(texts[i])) for texts, spans in sides for i in pairs]
 
-    def _states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor:
-        """Activations where they are read, float32 (n_blocks, n_texts, d_model)."""
-        shape = (len(self._blocks), len(texts), self._runner.architecture.d_model)
-        states = torch.zeros(shape, dtype=torch.float32)
+    def _states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations where they are read, float32 (n_blocks, n_texts, d_model), and `SpanReader.lengths` of them."""
+        shape = (len(self._blocks), len(texts))
+        states = torch.zeros(*shape, self._runner.architecture.d_model, dtype=torch.float32)
+        lengths = torch.zeros(*shape, 2, dtype=torch.float32)
         for rows in self._runner.batching.groups(texts):
             if self._control.cancelled:
                 break
@@ -125,21 +141,24 @@ class Extraction:
             read = self._group_states(group, [spans[row] for row in rows])
             if read is None:
                 continue
-            if not read.isfinite().all():
+            if not read[0].isfinite().all():
                 error = NumericalError(f"activations at {self._spec.site} are inf or NaN where they are read")
                 raise located(self._runner, error, self._runner.batch(group))
-            states[:, list(rows)] = read
-        return states
+            states[:, list(rows)], lengths[:, list(rows)] = read
+        return states, lengths
 
-    def _group_states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> torch.Tensor | None:
+    def _group_states(self, texts: Sequence[Ids], spans: Sequence[Span]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The same for texts that may share a batch; None where the run was stopped."""
         runner, batch = self._runner, self._runner.batch(texts)
 
-        def attempt(chunk: int) -> torch.Tensor | None:
-            reader = SpanReader(len(self._blocks), batch, spans)
+        def attempt(chunk: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+            reader = SpanReader(len(self._blocks), batch, spans, self._left_out)
             captures = {(self._spec.site, block): reader.writer(index) for index, block in enumerate(self._blocks)}
             runner.forward(batch, _Reading(reader, self._control), capture=captures, width=chunk // batch.rows)
-            return None if self._control.cancelled else runner.architecture.whole(reader.states(), self._blocks)
+            if self._control.cancelled:
+                return None
+            whole = runner.architecture.whole
+            return whole(reader.states(), self._blocks), whole(reader.lengths(), self._blocks)
 
         fewest = runner.batching.fewest(batch.rows, batch.width)
         return with_smaller_chunks(attempt, self._tokens, fewest, batch, again=runner.ranks.alone)

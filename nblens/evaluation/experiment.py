@@ -178,7 +178,7 @@ def _by_label(response: DoseResponse, samples: EncodedSamples) -> dict[str, Any]
 
 
 def _norms(vector: SteeringVector) -> dict[str, Any]:
-    """Mean norm of the activations, and of the vector, over the blocks that are written."""
+    """Mean norm of the activations that were read, and of the vector, over the blocks that are written."""
     if not all(block in vector.activation_norms for block in vector.layers):
         return {}
     return {

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 from nblens.layers import format_layers, parse_layers
 from nblens.views.panels import TokenGrid
 
@@ -57,6 +57,8 @@ class Cells(TokenGrid):
     """int32 (n_layers, n_tokens, n_targets)"""
     vocabulary: Mapping[int, str] = field(default_factory=dict)
     """text of every token id that occurs in this trajectory"""
+    bytes_of_tokens: Mapping[int, str] = field(default_factory=dict)
+    """of every fed token that holds part of a character: its bytes in hexadecimal digits"""
     prompt_length: int = 0
     """how many of the tokens are the prompt's; the rest were generated"""
     n_blocks: int = 0
@@ -88,8 +90,15 @@ class Cells(TokenGrid):
 
     @property
     def text(self) -> str:
-        """The fed tokens as one string."""
-        return "".join(self.tokens)
+        """The fed tokens as one string; tokens that hold parts of one character make it together."""
+        text, held = "", b""
+        for token, token_id in zip(self.tokens, self.token_ids.tolist(), strict=True):
+            if (part := self.bytes_of_tokens.get(token_id)) is not None:
+                held += bytes.fromhex(part)
+                continue
+            text += held.decode(errors="replace") + token
+            held = b""
+        return text + held.decode(errors="replace")
 
     def top(self, layer: int = -1, token: int = -1) -> list[tuple[str, float]]:
         """Most likely tokens with their probabilities at one cell; `top_ids` tells tokens of one text apart.
@@ -120,7 +129,7 @@ class Cells(TokenGrid):
             return self.kl_to_final
         if name == "rank":
             return self.next_rank
-        raise UserError(f"metric {name!r} is unknown; one of {', '.join(METRICS)}")
+        raise UserError(f"metric {shown(name)} is unknown; one of {', '.join(METRICS)}")
 
     def truncated(self, n_tokens: int) -> Self:
         """The same trajectory over its first `n_tokens` tokens."""
@@ -172,6 +181,7 @@ class Cells(TokenGrid):
             one,
             tokens=one.tokens + more.tokens,
             vocabulary={**one.vocabulary, **more.vocabulary},
+            bytes_of_tokens={**one.bytes_of_tokens, **more.bytes_of_tokens},
             prompt_length=one.prompt_length if one.prompt_length < one.n_tokens else one.n_tokens + more.prompt_length,
             **arrays,
         )

@@ -22,8 +22,16 @@ class TrajectoryCollector:
     replaces itself.
     """
 
-    def __init__(self, spec: RunSpec, n_blocks: int, model: str, text_of: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        n_blocks: int,
+        model: str,
+        text_of: Callable[[int], str],
+        bytes_of: Callable[[int], bytes | None] = lambda token_id: None,
+    ) -> None:
         self._spec, self._n_blocks, self._model, self._text_of = spec, n_blocks, model, text_of
+        self._bytes_of = bytes_of
         self._slices: dict[tuple[int, str], dict[int, ReadoutSlice]] = defaultdict(dict)
         self.sampled: list[list[int]] = [[] for _ in spec.prompts]
         """new tokens of each row"""
@@ -54,6 +62,7 @@ class TrajectoryCollector:
             *arrays["top_ids"].ravel().tolist(),
         }
         vocabulary = {i: self._text_of(i) for i in sorted(occurring) if i >= 0}
+        parts_of_characters = {i: part.hex() for i in sorted({*token_ids.tolist()}) if (part := self._bytes_of(i))}
         return Trajectory(
             tokens=tuple(vocabulary[i] for i in token_ids.tolist()),
             token_ids=token_ids,
@@ -62,6 +71,7 @@ class TrajectoryCollector:
             next_ids=next_ids,
             target_ids=np.asarray(target_ids, dtype=np.int32),
             vocabulary=vocabulary,
+            bytes_of_tokens=parts_of_characters,
             prompt_length=min(len(self._spec.prompts[row]), n_tokens),
             n_blocks=self._n_blocks,
             model=self._model,

@@ -96,7 +96,8 @@ class Trajectory(Cells, Shown):
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _array_names()}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
-        plain["vocabulary"] = {str(i): text for i, text in self.vocabulary.items()}
+        for name in ("vocabulary", "bytes_of_tokens"):
+            plain[name] = {str(i): text for i, text in plain[name].items()}
         return _FORMAT.save(path, plain, arrays)
 
     @classmethod
@@ -111,6 +112,8 @@ class Trajectory(Cells, Shown):
         plain, arrays = _FORMAT.load(path)
         with sound_content(path):
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
+            parts = plain.get("bytes_of_tokens", {})
+            plain["bytes_of_tokens"] = {int(i): bytes.fromhex(part).hex() for i, part in parts.items()}
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
             for name in ("top_logprobs", "next_logprob", "target_logprobs"):
                 if (arrays[name] > _ROUNDING).any():

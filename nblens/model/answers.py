@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nblens.errors import UserError
-from nblens.model.tokens import chat_text, check_characters, check_ids
+from nblens.errors import UserError, shown
+from nblens.model.tokens import chat_text, check_characters, check_ids, n_shared, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,8 +50,8 @@ def encode_answers(
 ) -> AnsweredPrompt:
     """Tokenize a prompt with each of its answers.
 
-    Text is tokenized as a whole, prompt and answer together, as the model would meet it. Where the answer begins and
-    where its label stands is read from the tokens' offsets in the text.
+    Text is tokenized as a whole, prompt and answer together, as the model would meet it, up to the answer's own last
+    token. Where the answer begins and where its label stands is read from the tokens' offsets in the text.
 
     Parameters
     ----------
@@ -70,32 +70,41 @@ def encode_answers(
     if not tokenizer.is_fast:
         raise UserError("where an answer begins is read from token offsets, and this model's slow tokenizer has none")
     if missing := [answer for answer in answers if not isinstance(answer, str) or not answer]:
-        raise UserError(f"an answer must be text, got {missing[0]!r}")
+        raise UserError(f"an answer must be text, got {shown(missing[0])}")
     for what, text in (("the prompt", prompt), *(("an answer", answer) for answer in answers)):
         check_characters(what, text)
     differ = n_shared(answers)
     if short := [answer for answer in answers if len(answer) <= differ]:
-        raise UserError(f"answer {short[0]!r} is the beginning of the other, or the same; where they part is unknown")
+        raise UserError(
+            f"answer {shown(short[0])} is the beginning of the other, or the same; where they part is unknown"
+        )
     opening = chat_text(tokenizer, prompt) if chat else prompt
-    encoded = [tokenizer(opening + a, add_special_tokens=not chat, return_offsets_mapping=True) for a in answers]
-    ids = tuple(tuple(e["input_ids"]) for e in encoded)
-    for one in ids:
-        check_ids(one, vocab_size, room)
-    begins = [_first_reaching(e["offset_mapping"], len(opening)) for e in encoded]
+    encoded = [tokenize(tokenizer, opening + answer, special=not chat, most=room) for answer in answers]
+    ids = tuple(one.ids for one in encoded)
+    for tokenized in encoded:
+        check_ids(tokenized.ids, vocab_size, room, tokenizer, whole=tokenized.whole)
+    offsets = [one.offsets or () for one in encoded]
+    begins = [_first_reaching(own, len(opening)) for own in offsets]
     shared = n_shared(ids)
     labels: list[int] = []
-    for answer, one, e in zip(answers, ids, encoded, strict=True):
-        label = _first_reaching(e["offset_mapping"], len(opening) + differ)
-        if label is None or label < shared:
-            raise UserError(f"no token of its own tells answer {answer!r} from the others ({len(one)} tokens)")
+    for answer, one, own in zip(answers, ids, offsets, strict=True):
+        label = _label(own, len(opening) + differ, shared)
+        if label is None:
+            raise UserError(f"no token of its own tells answer {shown(answer)} from the others ({len(one)} tokens)")
         labels.append(label)
     return AnsweredPrompt(ids, min(shared, *(begin for begin in begins if begin is not None)), tuple(labels))
 
 
-def n_shared(sequences: Sequence[Sequence[object]]) -> int:
-    """Count the items that sequences have in common at their beginning."""
-    unlike = (place for place, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1)
-    return next(unlike, min(map(len, sequences)))
+def _label(offsets: Sequence[tuple[int, int]], character: int, shared: int) -> int | None:
+    """The first token that reaches beyond a place, or another of the same character, that the answers do not share.
+
+    A character that is several tokens, one for each of its bytes, may have its first bytes in common with another.
+    """
+    first = _first_reaching(offsets, character)
+    if first is None or first >= shared:
+        return first
+    start, stop = offsets[shared] if shared < len(offsets) else (0, 0)
+    return shared if start <= character < stop else None
 
 
 def _first_reaching(offsets: Sequence[tuple[int, int]], character: int) -> int | None:

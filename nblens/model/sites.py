@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 
 if TYPE_CHECKING:
     pass
@@ -56,5 +56,5 @@ class BlockSites:
 def check_site(site: str) -> str:
     """Return the site's name, or raise `UserError` when it is unknown."""
     if site not in SITES:
-        raise UserError(f"site {site!r} is unknown; one of {', '.join(SITES)}")
+        raise UserError(f"site {shown(site)} is unknown; one of {', '.join(SITES)}")
     return site

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from nblens.errors import UserError, shown
+from nblens.errors import UserError, first_line, shown, warn_caller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenTexts", "as_prompts", "chat_text", "check_characters", "check_ids", "encode", "single_token"]
+__all__ = [
+    "TokenTexts",
+    "TokenizedText",
+    "as_prompts",
+    "beyond_vocabulary",
+    "chat_text",
+    "check_characters",
+    "check_ids",
+    "decoded",
+    "encode",
+    "n_shared",
+    "special_ids",
+    "tokenize",
+]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_CHARACTERS_PER_TOKEN = 8
+_UNSETTLED = 256  # tokens at the end of a cut text that may be others than in the whole
+_TAIL = 32  # tokens that settle how the next one is spelt
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The tokens of a text: what its tokenizer puts before it, then its own; nothing stands after it."""
+
+    ids: tuple[int, ...]
+    n_before: int = 0
+    """how many of them are not the text's"""
+    offsets: tuple[tuple[int, int], ...] | None = None
+    """the characters of each, (0, 0) of those that are not the text's; None where the tokenizer knows none"""
+    whole: bool = True
+    """False: the text goes on, and has more tokens than were asked for"""
 
 
 def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
@@ -38,7 +71,7 @@ def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
     for item in prompt:
         one = item if isinstance(item, str) else _as_ids(item)
         if one is None:
-            raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {item!r}")
+            raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {shown(item)}")
         prompts.append(one)
     return prompts, False
 
@@ -57,8 +90,9 @@ def encode(
     chat: bool,
     vocab_size: int,
     room: int | None,
+    longest: int | None = None,
 ) -> tuple[int, ...]:
-    """Token ids of one prompt, with the special tokens that the tokenizer adds.
+    """Token ids of one prompt, with the special tokens that the tokenizer puts before a text, and up to the text's end.
 
     Parameters
     ----------
@@ -68,44 +102,179 @@ def encode(
         Ids must be below it.
     room : int, optional
         Longest prompt that fits the context.
+    longest : int, optional
+        Tokens to which it is cut.
 
     Raises
     ------
     UserError
         The prompt is empty, too long, holds unknown ids, or there is no chat template.
     """
-    if isinstance(prompt, str):
-        check_characters("the prompt", prompt)
     if isinstance(prompt, list):
-        ids = prompt
-    elif chat:
-        ids = tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
-    elif not prompt:
+        _warn_of_two_beginnings(tokenizer, prompt)
+        ids = prompt if longest is None else prompt[:longest]
+        check_ids(ids, vocab_size, room)
+        return tuple(ids)
+    check_characters("the prompt", prompt)
+    if not chat and not prompt:
         raise UserError("the prompt is empty")
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    check_ids(ids, vocab_size, room)
-    return tuple(ids)
+    if chat:
+        _warn_of_two_templates(tokenizer, prompt)
+    text = chat_text(tokenizer, prompt) if chat else prompt
+    bounds = [n for n in (room, longest) if n is not None]
+    tokenized = tokenize(tokenizer, text, special=not chat, most=min(bounds, default=None))
+    if len(tokenized.ids) <= tokenized.n_before:
+        raise UserError(f"the prompt {shown(prompt)} holds no token: this model's tokenizer drops all of it")
+    of_text = tokenized.ids[:longest]
+    check_ids(of_text, vocab_size, room, tokenizer, whole=tokenized.whole)
+    return of_text
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool, most: int | None = None) -> TokenizedText:
+    """Tokenize a text as far as it goes: special tokens that a tokenizer puts after it would end what goes on.
+
+    Where a text carries the special tokens itself that would come before it, they are not put there again.
+
+    Parameters
+    ----------
+    special : bool
+        Put special tokens before it, where the tokenizer does so.
+    most : int, optional
+        Of a text that has far more tokens only a beginning is tokenized, of more than so many tokens.
+    """
+    length = len(text) if most is None else _CHARACTERS_PER_TOKEN * (most + _UNSETTLED)
+    # a cut text whose tokens are too many by a margin belongs to a whole that has too many: what is dropped at once
+    # or taken together, however long, was not in the part
+    while length < len(text):
+        part = _tokenize(tokenizer, text[:length], special)
+        if most is not None and len(part.ids) > most + _UNSETTLED:
+            settled = len(part.ids) - _UNSETTLED
+            offsets = None if part.offsets is None else part.offsets[:settled]
+            return TokenizedText(part.ids[:settled], part.n_before, offsets, whole=False)
+        length *= _CHARACTERS_PER_TOKEN
+    return _tokenize(tokenizer, text, special)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> TokenizedText:
+    fast = tokenizer.is_fast
+    # not `verbose`: the library's own word about long texts says less than ours
+    encoded = tokenizer(
+        text,
+        add_special_tokens=special,
+        return_offsets_mapping=fast,
+        return_special_tokens_mask=fast,
+        verbose=False,
+    )
+    ids = list(encoded["input_ids"])
+    offsets = encoded["offset_mapping"] if fast else None
+    first, stop = _own(tokenizer, text, ids, encoded["special_tokens_mask"] if fast else None) if special else (0, None)
+    before, own = ids[:first], ids[first:stop]
+    if own and own[0] in before:
+        before = before[: before.index(own[0])]
+    elif own:
+        _warn_of_space_before(tokenizer, text, before, own)
+    kept = None if offsets is None else (*((0, 0) for _ in before), *offsets[first:stop])
+    return TokenizedText((*before, *own), len(before), kept)
+
+
+def _own(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], added: list[int] | None
+) -> tuple[int, int | None]:
+    """First and stop of the tokens that are the text's own, between those that the tokenizer adds."""
+    if added is None:
+        bare = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        n = len(bare)
+        places = (first for first in range(len(ids) - n + 1) if ids[first : first + n] == bare)
+        first = next(places, 0) if bare else _n_before(tokenizer)
+        return first, first + n
+    own = [index for index, special in enumerate(added) if not special]
+    if not own:
+        first = min(_n_before(tokenizer), len(ids))
+        return first, first
+    return own[0], own[-1] + 1
+
+
+def _n_before(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many special tokens the tokenizer puts before a text."""
+    return tokenize(tokenizer, "a", special=True).n_before
+
+
+def _warn_of_space_before(tokenizer: PreTrainedTokenizerBase, text: str, before: list[int], own: Sequence[int]) -> None:
+    if text[:1].isspace() and before:
+        carried = tokenize(tokenizer, text.lstrip()[:256], special=False).ids[:1]
+        if carried and carried[0] in before:
+            _warn_of_two(tokenizer, carried[0], "the text has space before its own; leave the space or that out")
+
+
+def _warn_of_two_beginnings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> None:
+    """Tell of token ids that begin twice, as those do that a tokenizer made of a text from a chat template."""
+    if len(ids) > 1 and ids[0] == ids[1] and ids[0] in special_ids(tokenizer):
+        before = tokenize(tokenizer, "a", special=True)
+        if ids[0] in before.ids[: before.n_before]:
+            _warn_of_two(tokenizer, ids[0], "a templated text is tokenized with add_special_tokens=False")
+
+
+def _warn_of_two(tokenizer: PreTrainedTokenizerBase, token_id: int, why: str) -> None:
+    name = tokenizer.convert_ids_to_tokens(token_id)
+    warn_caller(f"the prompt begins with {shown(name)} twice: {why}")
+
+
+def _warn_of_two_templates(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    carried = tokenize(tokenizer, prompt.lstrip()[:256], special=False).ids[:1]
+    if carried and carried[0] in special_ids(tokenizer):
+        name = tokenizer.convert_ids_to_tokens(carried[0])
+        warn_caller(
+            f"the message begins with the special token {shown(name)}, and chat=True puts it into the chat template: "
+            "leave chat out for a text that is templated already"
+        )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the tokens that are no text: beginnings, ends, turns of a chat; an unknown word is text."""
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    found = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return frozenset(found - {tokenizer.unk_token_id})
 
 
 def check_characters(what: str, text: str) -> None:
     """Raise `UserError` where text holds a lone surrogate, which has no UTF-8 and no tokens."""
     try:
         text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{what} holds half of a character: {shown(text)}") from None
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise UserError(f"{what} holds half of a character: {shown(around)}") from None
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, room: int | None) -> None:
-    """Raise `UserError` unless there are tokens, all below `vocab_size`, and no more than `room`."""
+def check_ids(
+    ids: Sequence[int],
+    vocab_size: int,
+    room: int | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    whole: bool = True,
+) -> None:
+    """Raise `UserError` unless there are tokens, all below `vocab_size`, and no more than `room`.
+
+    Ids that a tokenizer made of a text are called by their text; where it went on, they were not `whole`.
+    """
     if not ids:
         raise UserError("the prompt is empty")
-    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-        raise UserError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
     if room is not None and len(ids) > room:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, {room} fit the model's context beside what is to be generated"
-        )
+        count = len(ids) if whole else f"more than {len(ids) - 1}"
+        raise UserError(f"the prompt has {count} tokens, {room} fit the model's context beside what is to be generated")
+    if (wrong := next((i for i in ids if not 0 <= i < vocab_size), None)) is not None:
+        if tokenizer is None:
+            raise UserError(f"token id {shown(wrong)} is outside the vocabulary of {vocab_size}")
+        raise UserError(beyond_vocabulary("the text holds", tokenizer, wrong, vocab_size))
+
+
+def beyond_vocabulary(what: str, tokenizer: PreTrainedTokenizerBase, token_id: int, vocab_size: int) -> str:
+    """Say that a tokenizer has a token which its model has not."""
+    piece = tokenizer.convert_ids_to_tokens(token_id)
+    return (
+        f"{what} {shown(piece)}, which has id {token_id} in the tokenizer and is outside the model's vocabulary of "
+        f"{vocab_size}; resize the model's embeddings and train them, or leave it out"
+    )
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -114,44 +283,50 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     Raises
     ------
     UserError
-        There is no chat template, or it failed.
+        There is no chat template, it failed, or what it makes is no text.
     """
     if not tokenizer.chat_template:
         raise UserError("this model's tokenizer has no chat template; leave chat out")
-    from jinja2 import TemplateError
-
     message = [{"role": "user", "content": prompt}]
     try:
-        return str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise UserError(f"the chat template failed: {error}") from error
-
-
-def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int) -> int:
-    """The id of a target given as an id or as text that is one token.
-
-    Text is tried as given, then with a leading space, the form in which words stand inside a sentence, then without
-    one, since a SentencePiece tokenizer adds it by itself.
-
-    Raises
-    ------
-    UserError
-        The text is several tokens either way, or the id is out of range.
-    """
-    if isinstance(text, (int, Integral)):
-        if not 0 <= int(text) < vocab_size:
-            raise UserError(f"target id {text} is outside the vocabulary of {vocab_size}")
-        return int(text)
+        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program of the checkpoint's author
+        kind = "" if str(error) else f"{type(error).__name__} "
+        raise UserError(f"the chat template failed: {kind}{first_line(error)}") from error
+    check_characters("what the chat template makes", text)
     if not text:
-        raise UserError("a target is empty; give the text of one token, or its id")
-    check_characters("a target", text)
-    for candidate in (text, f" {text}", text.lstrip(" ")):
-        pieces: list[int] = tokenizer(candidate, add_special_tokens=False)["input_ids"]
-        if len(pieces) == 1:
-            return pieces[0]
-    pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = " + ".join(repr(piece) for piece in tokenizer.convert_ids_to_tokens(pieces))
-    raise UserError(f"target {text!r} is {len(pieces)} tokens ({shown}), a target is one; give one of them or its id")
+        raise UserError("the chat template makes nothing of a user's turn; leave chat out")
+    return text
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+    """Text of tokens as it stands behind others, without special tokens: joined to theirs, it is the text of all.
+
+    >>> text_of = lambda *ids: decoded(session.tokenizer, ids, after=session.tokenizer("The capital of")["input_ids"])
+    >>> text_of(*session.tokenizer(" France", add_special_tokens=False)["input_ids"])
+    ' France'
+    """
+    if not ids:
+        return ""
+    # many tokenizers drop the space at the beginning of a text, and bytes of one character may be in both
+    tail: Sequence[int] = after[-_TAIL:]
+    before = _decode(tokenizer, tail, skip_special_tokens=True)
+    if not before.strip() and len(after) > _TAIL:
+        tail, before = after, _decode(tokenizer, after, skip_special_tokens=True)
+    whole = _decode(tokenizer, [*tail, *ids], skip_special_tokens=True)
+    return whole[n_shared([before, whole]) :]
+
+
+def n_shared(sequences: Sequence[Sequence[object]]) -> int:
+    """Count the items that sequences have in common at their beginning."""
+    unlike = (place for place, items in enumerate(zip(*sequences, strict=False)) if len(set(items)) > 1)
+    return next(unlike, min(map(len, sequences)))
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
 class TokenTexts:
@@ -176,17 +351,35 @@ class TokenTexts:
         """Texts of several tokens."""
         return tuple(self(int(token_id)) for token_id in token_ids)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of a token that holds part of a character; None for any other."""
+        if _REPLACEMENT not in self._behind_anchor(token_id):
+            return None
+        piece = str(self._tokenizer.convert_ids_to_tokens(token_id))
+        if match := _BYTE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        values = [_byte_letters().get(letter) for letter in piece]
+        return None if None in values else bytes(value for value in values if value is not None)
+
     def _find_anchor(self) -> tuple[list[int], str]:
-        ids = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        return ids, self._decode(ids)
+        ids = list(tokenize(self._tokenizer, "a", special=False).ids)
+        return ids, _decode(self._tokenizer, ids)
 
     def _text(self, token_id: int) -> str:
-        ids, prefix = self._anchor
-        whole = self._decode([*ids, token_id])
-        text = whole.removeprefix(prefix) if whole.startswith(prefix) else self._decode([token_id])
+        text = self._behind_anchor(token_id)
         if not text or _REPLACEMENT in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"⟨{token_id}⟩")
         return text
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    def _behind_anchor(self, token_id: int) -> str:
+        ids, prefix = self._anchor
+        whole = _decode(self._tokenizer, [*ids, token_id])
+        return whole.removeprefix(prefix) if whole.startswith(prefix) else _decode(self._tokenizer, [token_id])
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The letters that stand for bytes in the entries of a byte-level vocabulary (GPT-2's)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -172,8 +172,11 @@ class CenteredComponent(Estimator):
 class DifferenceComponent(CenteredComponent):
     """First principal component of the differences positive − negative about their mean, as repeng's `pca_diff`.
 
-    Representation engineering (Zou et al. 2023, arXiv 2310.01405). Keeps the same sketch as `pca_center`; the mean is
-    taken out of its second moments at the end.
+    Representation engineering (Zou et al. 2023, arXiv 2310.01405). Without the mean difference it is how pairs differ
+    from each other, and may lie at right angles to what they have in common. Its sign is still that of the mean
+    difference; repeng's is that of the majority of pairs, the opposite at times where little of the mean lies along it.
+
+    Keeps the same sketch as `pca_center`; the mean is taken out of its second moments at the end.
     """
 
     centred = True
@@ -234,7 +237,7 @@ class LogisticRegression(Estimator):
 
 METHODS = {
     "mean_diff": "mean of positive minus mean of negative activations",
-    "pca_diff": "first principal component of the differences positive − negative about their mean",
+    "pca_diff": "first principal component of the differences positive − negative about their mean, which is left out",
     "pca_center": "first principal component of activations about each pair's midpoint",
     "logistic": "normal of the plane that tells positive from negative activations apart (L2 logistic regression)",
 }

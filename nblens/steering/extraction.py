@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -13,30 +14,40 @@ from typing import Any
 import numpy as np
 import torch
 
-from nblens.errors import UserError
+from nblens.errors import UserError, shown
 from nblens.model.generation import Batch
 from nblens.specs import ExtractionSpec, Span
 
 __all__ = [
+    "WITH_SPECIAL",
     "Read",
     "Separation",
     "SpanReader",
     "best_block",
     "check_read",
     "data_hash",
+    "dominant_token",
     "held_back",
+    "mean_positions",
     "read_name",
     "read_span",
+    "read_words",
     "shuffle_signs",
+    "takes_special",
 ]
 
 Read = str | int | slice | tuple[int, int]
-"""Read position in a text: "last", "label", "mean", an index, or a span."""
+"""Read position in a text: "last", "label", "mean", an index, or a span; a mean may end in "+special"."""
 
 READ_POSITIONS = ("last", "label", "mean")
 
+WITH_SPECIAL = "+special"
+"""Ends a read position whose mean takes in special tokens and a text's first."""
+
 FEWEST_TO_JUDGE = 8
 """With fewer contrast pairs, none is held back."""
+
+_MOST_OF_MANY, _MOST_OF_TWO = 0.5, 0.8  # of a mean's norm that one token may carry
 
 _SPAN = re.compile(r"\s*(-?\d+)\s*-\s*(-?\d+)\s*")
 
@@ -47,10 +58,12 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
     >>> read_span("3-7", 20), read_span((3, 8), 20), read_span(-2, 20), read_span("mean", 20)
     ((3, 8), (3, 8), (18, 19), (0, 20))
 
+    A mean leaves some of these out, unless its name ends in "+special": see `mean_positions`.
+
     Parameters
     ----------
     read : {"last", "label", "mean"}, int, slice, (int, int) or str
-        The last token, the label, the mean over all tokens, the token at an absolute index (negative: from the end),
+        The last token, the label, the mean over a text, the token at an absolute index (negative: from the end),
         or the mean over a span: a slice or (start, stop) as Python counts, or text such as "3-7" with both ends.
     length : int
         Tokens of the text.
@@ -62,6 +75,8 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
     UserError
         The position is unknown, or outside the text.
     """
+    check_read(read)
+    read = _without_ending(read)
     if isinstance(read, str) and read in READ_POSITIONS:
         if read == "label" and label is None:
             raise UserError("this text has no label to read")
@@ -78,8 +93,51 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
 
 def check_read(read: Read) -> None:
     """Raise `UserError` unless it is one of the forms of a read position, whatever the text."""
-    if read not in READ_POSITIONS and not (isinstance(read, Integral) and not isinstance(read, bool)):
-        _ends(read)
+    mean = _without_ending(read)
+    if mean != read and mean != "mean" and not _SPAN.fullmatch(mean):
+        raise _unknown(read)
+    if mean not in READ_POSITIONS and not (isinstance(mean, Integral) and not isinstance(mean, bool)):
+        _ends(mean)
+
+
+def takes_special(read: Read) -> bool:
+    """Tell whether a mean takes in special tokens and a text's first."""
+    return isinstance(read, str) and read.endswith(WITH_SPECIAL)
+
+
+def mean_positions(ids: Sequence[int], span: Span, left_out: Collection[int] | None) -> list[int]:
+    """The positions of a span that its mean is taken over.
+
+    Special tokens and a text's first one are where a model's attention goes that has nothing to look at. Their
+    activations can be a hundred times as long as those of all others, and a mean that took them in would be theirs:
+    they are left out, but for a span of one token, which is no mean.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        The text's tokens.
+    span : (int, int)
+        From a first up to, not including, a last.
+    left_out : collection of int, optional
+        Ids of special tokens. None: nothing is left out.
+    """
+    positions = range(*span)
+    if left_out is None or len(positions) == 1:
+        return list(positions)
+    return [position for position in positions if position and ids[position] not in left_out]
+
+
+def read_words(read: str) -> str:
+    """A read position as a report calls it, with what its mean leaves out.
+
+    >>> read_words("mean"), read_words("3-7+special"), read_words("last")
+    ('mean without special and first tokens', '3-7 with special tokens', 'last')
+    """
+    mean = _without_ending(read)
+    span = _SPAN.fullmatch(mean)
+    if mean != "mean" and (span is None or span[1] == span[2]):
+        return read
+    return f"{mean} with special tokens" if takes_special(read) else f"{mean} without special and first tokens"
 
 
 def read_name(read: Read) -> str:
@@ -92,6 +150,15 @@ def read_name(read: Read) -> str:
         return str(read)
     start, stop = _ends(read)
     return f"{start or 0}-{-1 if stop is None else stop - 1}"
+
+
+def _without_ending(read: Any) -> Any:
+    return read.removesuffix(WITH_SPECIAL) if isinstance(read, str) else read
+
+
+def _unknown(read: Any) -> UserError:
+    known = ", ".join(READ_POSITIONS)
+    return UserError(f"read position {shown(read)} is unknown; one of {known}, an index, or a span such as 3-7")
 
 
 def _index(index: int, length: int) -> Span:
@@ -119,15 +186,14 @@ def _ends(read: Any) -> tuple[int | None, int | None]:
         ends = (read,)
     whole = [end is None or (isinstance(end, Integral) and not isinstance(end, bool)) for end in ends]
     if len(ends) != 2 or not all(whole):
-        known = ", ".join(READ_POSITIONS)
-        raise UserError(f"read position {read!r} is unknown; one of {known}, an index, or a span such as 3-7")
+        raise _unknown(read)
     return ends[0], ends[1]
 
 
 class SpanReader:
     """Collects one activation per row and block: the mean over a span of its tokens, added up over the steps of a run.
 
-    What is summed up stays on the device of its block until `states` is asked for.
+    What is summed up stays on the device of its block until it is asked for.
 
     Parameters
     ----------
@@ -137,19 +203,28 @@ class SpanReader:
         The texts.
     spans : sequence of (int, int)
         Positions of each text, counted from its own first token.
+    left_out : collection of int, optional
+        See `mean_positions`.
     """
 
-    def __init__(self, n_blocks: int, batch: Batch, spans: Sequence[Span]) -> None:
+    def __init__(
+        self, n_blocks: int, batch: Batch, spans: Sequence[Span], left_out: Collection[int] | None = None
+    ) -> None:
         self._weights = torch.zeros(batch.rows, batch.width, dtype=torch.float32)
-        for row, (start, stop) in enumerate(spans):
+        rows = batch.input_ids.tolist()
+        for row, span in enumerate(spans):
             first = batch.width - batch.lengths[row]
-            self._weights[row, first + start : first + stop] = 1 / (stop - start)
+            positions = mean_positions(rows[row][first:], span, left_out)
+            self._weights[row, [first + position for position in positions]] = 1 / max(len(positions), 1)
         self._n_blocks = n_blocks
         self._sums: dict[int, torch.Tensor] = {}
+        self._lengths: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._columns = slice(0)
         self._placed: dict[torch.device, torch.Tensor] = {}
         self._gaps = False
         used = self._weights.any(0).nonzero()[:, 0]
+        self._n_tokens = (self._weights > 0).sum(1)
+        self._first = batch.first_columns
         self.last_column = int(used[-1])
         """no later column is read"""
 
@@ -157,7 +232,9 @@ class SpanReader:
         """Say which columns the coming step feeds."""
         part = self._weights[:, columns.start : columns.stop]
         used = part.any(0).nonzero()[:, 0]
-        self._columns = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0)
+        start = int(used[0]) if len(used) else 0
+        self._columns = slice(start, int(used[-1]) + 1) if len(used) else slice(0)
+        self._start = columns.start + start
         part = part[:, self._columns]
         self._placed = {torch.device("cpu"): part}
         self._gaps = not part.all()
@@ -181,12 +258,42 @@ class SpanReader:
                 read = torch.bmm(weights[:, None], hidden)[:, 0]
             before = self._sums.get(index)
             self._sums[index] = read if before is None else before + read
+            self._measure(index, hidden, weights)
 
         return write
+
+    def _measure(self, index: int, hidden: torch.Tensor, weights: torch.Tensor) -> None:
+        """Keep each row's mean length of a token, and its longest token."""
+        lengths = torch.where(weights != 0, torch.linalg.vector_norm(hidden, dim=-1) * weights, 0.0)
+        total, (longest, place) = lengths.sum(1), lengths.max(1)
+        place = place + self._start
+        if (before := self._lengths.get(index)) is not None:
+            total, earlier = total + before[0], before[1] >= longest
+            longest, place = torch.where(earlier, before[1], longest), torch.where(earlier, before[2], place)
+        self._lengths[index] = total, longest, place
 
     def states(self) -> torch.Tensor:
         """float32 (n_blocks, rows, d_model) on the CPU."""
         return torch.stack([self._sums[index].cpu() for index in range(self._n_blocks)])
+
+    def lengths(self) -> torch.Tensor:
+        """Mean Euclidean norm of the tokens of each row, and the position of one that carries it: -1 where none does.
+
+        float32 (n_blocks, rows, 2) on the CPU. A token carries a mean where it is longer than all others together; of
+        two tokens one always is, and has to be four times as long as the other.
+        """
+        of_blocks = []
+        for index in range(self._n_blocks):
+            total, longest, place = (part.cpu() for part in self._lengths[index])
+            share = torch.where(self._n_tokens == 2, _MOST_OF_TWO, _MOST_OF_MANY)
+            carries = (self._n_tokens > 1) & (longest > share * total)
+            of_blocks.append(torch.stack([total, torch.where(carries, place - self._first, -1).float()], -1))
+        return torch.stack(of_blocks)
+
+
+def dominant_token(ids: Iterable[int]) -> int:
+    """The most frequent token, -1 where there is none."""
+    return next((token for token, _ in Counter(ids).most_common(1)), -1)
 
 
 @dataclass(frozen=True)

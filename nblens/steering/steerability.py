@@ -65,9 +65,10 @@ class Steerability:
     answer_balance: Mapping[str, float] = field(default_factory=dict)
     """label → share of the samples whose positive answer bears it, 0 to 1"""
     activation_norm: float | None = None
-    """E‖h‖, mean Euclidean norm of the unsteered activations that the vector is added to"""
+    """E‖h‖, mean Euclidean norm of a token's unsteered activation at the blocks that are written, over the tokens of
+    the contrast pairs where the vector was read, which need not be those where it is written"""
     vector_norm: float | None = None
-    """‖v‖, what λ = 1 adds to them"""
+    """‖v‖, what λ = 1 adds at these blocks, in the mean over them"""
     splits: Mapping[str, int] = field(default_factory=dict)
     """how many samples each split holds"""
 
@@ -101,7 +102,7 @@ class Steerability:
 
     @property
     def scale_free_slope(self) -> float | None:
-        """Mean slope × E‖h‖ / ‖v‖: nats for a push as large as an activation, whatever the vector's norm."""
+        """Mean slope × E‖h‖ / ‖v‖: nats for a push as large as an activation that was read, whatever the norm of v."""
         if not self.activation_norm or not self.vector_norm:
             return None
         return self.fitted.mean_slope * self.activation_norm / self.vector_norm

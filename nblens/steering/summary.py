@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nblens.layers import format_layers
+from nblens.steering.extraction import read_words
 from nblens.steering.statistics import DoseResponse, n_below
 from nblens.steering.steerability import Steerability
 from nblens.text import percent, plain, short_number
@@ -28,7 +29,7 @@ def _vector(report: Steerability) -> Rows:
     norm = f", norm {' to '.join(span)}" if norms else ""
     written = f"{report.op} at {report.site} of block {format_layers(report.layers)}, tokens: {report.write}"
     rows = [
-        ("vector", f"{report.name}: {report.method}, read {report.read}{norm}"),
+        ("vector", f"{report.name}: {report.method}, read {read_words(report.read)}{norm}"),
         ("written", f"{written}, in {report.model}"),
     ]
     if report.splits:

@@ -15,6 +15,7 @@ import numpy as np
 from nblens.errors import UserError, VectorMismatchError, escaped
 from nblens.layers import format_layers
 from nblens.records import RecordFormat, sound_content
+from nblens.steering.extraction import read_words
 from nblens.steering.steer import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]
@@ -56,7 +57,7 @@ class SteeringVector:
     data_hash: str = ""
     """SHA-256 of the contrast pairs' token ids"""
     activation_norms: Mapping[int, float] = field(default_factory=dict)
-    """block → mean Euclidean norm of the activations that were read, over both sides"""
+    """block → mean Euclidean norm of a token's unsteered activation where it was read, over both sides"""
     kl_range: tuple[float, float] | None = None
     """coefficients that stay within the KL budget of the last `session.steerability`, written as by default"""
 
@@ -256,7 +257,8 @@ class SteeringVector:
         norms = [self.norms[block] for block in self.layers]
         span = f"{min(norms):.2f}" if len(set(norms)) == 1 else f"{min(norms):.2f}-{max(norms):.2f}"
         origin = (
-            f", {self.method} of {self.n_pairs} {'pair' if self.n_pairs == 1 else 'pairs'} read at {self.read}"
+            f", {self.method} of {self.n_pairs} {'pair' if self.n_pairs == 1 else 'pairs'} "
+            f"read at {read_words(self.read)}"
             if self.method
             else ""
         )

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nblens.errors import UserError
-from nblens.model.tokens import TokenTexts, as_prompts, encode, single_token
+from nblens.model.targets import single_token
+from nblens.model.tokens import TokenTexts, as_prompts, encode
 
 
 @cache

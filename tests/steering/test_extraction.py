@@ -472,7 +472,10 @@ def test_every_method_works_on_the_activations_that_plain_passes_read(family, me
     estimator.add(*(side.float() for side in sides))
     expected = estimator.directions()
     assert np.abs(event.directions - expected).max() <= 1e-3 * np.abs(expected).max()
-    norms = torch.cat(sides, 1).norm(dim=-1).mean(1).numpy()
+    texts = [
+        plain_pass(engine_of(family).runner.model, family, text, len(text)) for t in (positive, negative) for text in t
+    ]
+    norms = torch.stack([text.sites["resid_post"].norm(dim=-1).mean(1) for text in texts]).mean(0).numpy()
     np.testing.assert_allclose(event.activation_norms, norms, rtol=1e-5)
     assert event.activation_norms.dtype == np.float32
 

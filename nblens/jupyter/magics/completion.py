@@ -136,7 +136,7 @@ _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "--sites": _sites,
     "--site": _sites,
     "--method": lambda: EXTRACTION_METHODS,
-    "--read": lambda: ["last", "label", "mean"],
+    "--read": lambda: ["last", "label", "mean", "mean+special"],
     "--dtype": lambda: ["auto", "float32", "bfloat16", "float16"],
     "--devices": lambda: ["auto", "cpu", "cuda:0"],
     "--quantization": lambda: ["8bit", "4bit", "int8", "int4"],

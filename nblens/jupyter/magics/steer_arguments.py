@@ -87,13 +87,18 @@ def _flag(parser: MagicParser, name: str, what: str) -> None:
 
 
 def _add_extraction(parser: MagicParser) -> None:
-    parser.add_argument("--method", metavar="NAME", help=f"{', '.join(EXTRACTION_METHODS)} (default: the first)")
+    parser.add_argument(
+        "--method",
+        metavar="NAME",
+        help=f"{', '.join(EXTRACTION_METHODS)} (default: the first); pca_diff leaves the mean difference out",
+    )
     parser.add_argument("--site", metavar="SITE", help="where it is read and written (default: resid_post)")
     parser.add_argument(
         "--read",
         type=_position,
         metavar="WHERE",
-        help="last (default), label, mean, an index, or a span such as 3-7: tokens whose mean is read",
+        help="last (default), label, mean, an index, or a span such as 3-7: tokens whose mean is read, special and "
+        "first ones left out unless it is mean+special, 3-7+special",
     )
     _flag(parser, "--chat", "send texts or prompts through the chat template")
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nblens.background import BackgroundThread
 from nblens.errors import NblensError, NoModelError, first_line
+from nblens.model.tokens import decoded
 from nblens.session import inside
 from nblens.specs import RunFinished, RunSpec, TokensSampled
 from nblens.steering.steer import Steer
@@ -184,7 +185,9 @@ class LiveRunner:
         text = _GrowingText(gen_id, self._session, self._tell)
         try:
             text.send("waiting")
-            stream = self._start(request)
+            spec = _spec(self._session, request)
+            text.follow(spec.prompts[0])
+            stream = self._start(request, spec)
             for event in stream:
                 if isinstance(event, TokensSampled):
                     text.add(event)
@@ -203,8 +206,7 @@ class LiveRunner:
                     self._stream.cancel()
                 self._stream = None
 
-    def _start(self, request: LiveRequest) -> EventStream:
-        spec = _spec(self._session, request)
+    def _start(self, request: LiveRequest, spec: RunSpec) -> EventStream:
         with self._lock:
             if self._session.backend is None:
                 raise NoModelError("the model was unloaded while the panel waited for it")
@@ -235,9 +237,14 @@ class _GrowingText:
 
     def __init__(self, gen_id: int, session: Session, tell: Callable[[LiveText], object]) -> None:
         self._gen_id, self._tell, self._tokenizer = gen_id, tell, session.tokenizer
+        self._prompt: Sequence[int] = ()
         self._rows: tuple[list[int], list[int]] = ([], [])
         self._seq = self._n_steps = 0
         self._first = self._latest = self._told = 0.0
+
+    def follow(self, prompt: Sequence[int]) -> None:
+        """Say after which tokens they come: how text is spelt depends on what stands before it."""
+        self._prompt = prompt
 
     def add(self, event: TokensSampled) -> None:
         """Take in one decoding step; the first is told at once."""
@@ -264,7 +271,7 @@ class _GrowingText:
         return (self._n_steps - 1) / seconds if seconds > 0 else None
 
     def _decode(self, token_ids: list[int], *, whole: bool) -> str:
-        text = str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = decoded(self._tokenizer, token_ids, self._prompt)
         # a token may end inside a character, whose other half comes with the next one
         return text if whole else text.rstrip("\N{REPLACEMENT CHARACTER}")
 
