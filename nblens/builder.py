@@ -35,6 +35,7 @@ from nblens.specs import (
     SteeringWrite,
 )
 from nblens.steering.live_steering import LiveSteering
+from nblens.steering.reach import check_run, check_scored, check_swept
 from nblens.steering.samples import Sample
 from nblens.steering.steer import Steer, check_coefficient
 from nblens.steering.vector_store import Steering, VectorStore
@@ -108,15 +109,33 @@ class RequestBuilder:
         return tuple(self.ids(text, chat=chat, generate=generate) for text in prompts), single
 
     def steers(self, steer: Steering) -> list[Steer]:
-        """What steers, by a call's own argument or the live setting."""
-        return list(self.live.setting.values()) if steer is None else self.vectors.steers(steer)
+        """What steers, by a call's own argument or the live setting, with all that a vector decides itself."""
+        return self._taken(steer)[1]
+
+    def _taken(self, steer: Steering) -> tuple[VectorStore, list[Steer]]:
+        """The vectors as they are now, and what steers; other threads may add and delete meanwhile."""
+        vectors, setting = self.vectors.snapshot(), self.live.setting
+        steers = [s for s in setting.values() if s.name in vectors] if steer is None else vectors.steers(steer)
+        return vectors, [vectors.resolved(s) for s in steers]
 
     def beside_unsteered(self, steer: Steering) -> tuple[SteeringWrite, ...]:
         """What is written in two rows: nothing in the first, all that steers in the second."""
-        steers = self.steers(steer)
+        vectors, steers = self._taken(steer)
         if not steers:
             raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
-        return tuple(self.vectors.write(s, (None, s.coefficient)) for s in steers)
+        return tuple(vectors.write(s, (None, s.coefficient)) for s in steers)
+
+    def acting(self, spec: RunSpec) -> RunSpec:
+        """Return the run, unless what its call steers by cannot change what is read; the live setting is left alone."""
+        own = tuple(write for write in spec.steering if not write.name.startswith(live_name("")))
+        check_run(replace(spec, steering=own), self.architecture.n_blocks)
+        return spec
+
+    def scored(self, prompt: Any, answers: Any, written: SteeringWrite, *, chat: bool) -> AnsweredPrompt:
+        """One prompt with two answers that a vector can move; see `two_answers`."""
+        sample = self.two_answers(prompt, answers, chat=chat)
+        check_scored(written, [sample], self.architecture.n_blocks)
+        return sample
 
     def swept(
         self, name: str, coefficients: Sequence[float], layers: Any, write: Any, op: str | None
@@ -127,21 +146,22 @@ class RequestBuilder:
         strengths = tuple(check_coefficient(name, c) for c in listed("coefficients", coefficients, _MOST_ROWS))
         if not strengths:
             raise UserError("sweep needs a list of coefficients, got []")
-        usual = self.vectors.usual(name)
-        steer = replace(usual, layers=layers, write=usual.write if write is None else write, op=op or usual.op)
+        steer = self.vectors.resolved(Steer(name, layers=layers, write=write, op=op))
+        check_swept(name, steer.op or "add", strengths)
         return steer, strengths
 
     def _writes(self, steer: Steering, rows: int) -> tuple[SteeringWrite, ...]:
         if steer is not None:
-            return tuple(self.vectors.write(s, (s.coefficient,) * rows) for s in self.steers(steer))
+            vectors, steers = self._taken(steer)
+            return tuple(vectors.write(s, (s.coefficient,) * rows) for s in steers)
         # all vectors, those that do not steer now switched off: they can be turned on while the run goes on
-        setting, writes = self.live.setting, []
-        for name in self.vectors:
-            own = setting.get(name) or self.vectors.usual(name)
+        setting, vectors, writes = self.live.setting, self.vectors.snapshot(), []
+        for name in vectors:
+            own = vectors.resolved(setting.get(name) or Steer(name))
             if name not in setting and own.write == "label":
                 continue
             strength = own.coefficient if name in setting else None
-            writes.append(replace(self.vectors.write(own, (strength,) * rows), name=live_name(own.key)))
+            writes.append(replace(vectors.write(own, (strength,) * rows), name=live_name(own.key)))
         return tuple(writes)
 
     def lens(

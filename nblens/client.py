@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
-from nblens.backends.backend import Backend
+from nblens.backends.backend import Backend, EventStream
 from nblens.errors import Interrupted
 from nblens.lens.lens import LOGIT, Lens
 from nblens.lens.lens_store import LensStore
@@ -37,6 +38,7 @@ class Client:
         self.backend = backend
         self._lenses, self._empty = lenses, empty
         self._placed: dict[str, Lens] = {}
+        self._placing = threading.Lock()
 
     def renew(self, backend: Backend, empty: Callable[[RunSpec], RunResult]) -> None:
         """Go on over another backend, to which no lens has been sent."""
@@ -53,7 +55,11 @@ class Client:
 
         `watch` sees each as it comes; what it answers with True is stopped.
         """
-        stream = self.backend.stream(spec)
+        return self._all(self._begun(spec), watch)
+
+    def _all(
+        self, stream: EventStream, watch: Callable[[Event], object] = lambda event: None
+    ) -> tuple[Sequence[Event], bool]:
         interrupted = False
         while True:
             try:
@@ -72,8 +78,6 @@ class Client:
 
     def run(self, spec: RunSpec, assemble: Callable[[RunResult], T], watch: Callable[[T], object] | None = None) -> T:
         """Run to the end; a run that is stopped raises `Interrupted` with what it had read."""
-        if spec.lens and spec.lens.lens != LOGIT:
-            self._place_lens(spec.lens.lens)
         result = self._empty(spec)
         if watch is None:
             events, interrupted = self.events(spec)
@@ -88,6 +92,14 @@ class Client:
             raise Interrupted(f"stopped after {fed} new tokens", assemble(result))
         return assemble(result)
 
+    def _begun(self, spec: Request) -> EventStream:
+        """Begin a request; with the lens that it reads no other thread's comes between, which might take it away."""
+        if not isinstance(spec, RunSpec) or spec.lens is None or spec.lens.lens == LOGIT:
+            return self.backend.stream(spec)
+        with self._placing:
+            self._place_lens(spec.lens.lens)
+            return self.backend.stream(spec)
+
     def _place_lens(self, name: str) -> None:
         """Send translators to where the readout is, unless they are there; free those that the store has lost."""
         lens = self._lenses[name]
@@ -95,7 +107,7 @@ class Client:
         new = [lens.tensors()] if self._placed.get(name) is not lens else []
         for tensors in (*gone, *new):
             self._placed.pop(tensors.name, None)
-            events, interrupted = self.events(tensors)
+            events, interrupted = self._all(self.backend.stream(tensors))
             if interrupted or finished(events).cancelled:
                 raise Interrupted("stopped before the run began")
         self._placed[name] = lens

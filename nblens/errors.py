@@ -5,6 +5,7 @@
     NblensError
     ├── UserError (also ValueError)      a mistake in what was asked; one line, says what would do
     │   ├── NoModelError                 no model is loaded
+    │   ├── UnknownNameError (also KeyError)   a vector or lens that the session does not have
     │   ├── DoesNotFitError              a model too large for the devices; `.plan` says what would fit
     │   ├── VectorMismatchError          a steering vector made for another model
     │   └── FileFormatError              a damaged, foreign or hostile file
@@ -32,6 +33,7 @@ __all__ = [
     "NblensError",
     "NoModelError",
     "NumericalError",
+    "UnknownNameError",
     "UnsupportedModelError",
     "UserError",
     "VectorMismatchError",
@@ -71,6 +73,13 @@ class UserError(NblensError, ValueError):
 
 class NoModelError(UserError):
     """No model is loaded in this session."""
+
+
+class UnknownNameError(UserError, KeyError):
+    """A name that the session's vectors or lenses do not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show it in quotes
 
 
 class DoesNotFitError(UserError):

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from nblens.errors import FileFormatError, first_line, shown
-from nblens.files import read_safetensors, write_safetensors
+from nblens.files import read_safetensors, safetensors_header, write_safetensors
+from nblens.text import byte_size
 
 __all__ = ["RecordFormat", "sound_content"]
 
 _LONGEST = 80  # characters of a foreign format's name that a message repeats
+_LARGE = 2**24  # bytes from which on a message tells how large a file is
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class RecordFormat:
     version: int
     called: str
     """with its article, as in "is not a lens"; see `check`"""
+    most_bytes: int | None = None
+    """of a file; a larger one cannot be of this kind, and is refused unread"""
 
     def save(self, path: str | os.PathLike[str], fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
         """Write in one step: a reader sees the old file or the new one."""
@@ -52,8 +56,24 @@ class RecordFormat:
         FileFormatError
             The file is damaged, holds another kind of value, or is of another version.
         """
+        metadata, _, size = safetensors_header(path)
+        self.accept(metadata, size, path)
         tensors, metadata = read_safetensors(path)
         return self.fields_of(metadata, path), tensors
+
+    def accept(self, metadata: Mapping[str, str], size: int, source: str | os.PathLike[str]) -> None:
+        """Raise `FileFormatError` unless a file of these metadata and so many bytes is worth reading."""
+        try:
+            self.check(metadata, source)
+        except FileFormatError as error:
+            if size < _LARGE:
+                raise
+            raise FileFormatError(f"{error}; its {byte_size(size)} were not read") from None
+        if self.most_bytes is not None and size > self.most_bytes:
+            raise FileFormatError(
+                f"{source} was not read: it says that it is {self.called}, and holds {byte_size(size)} "
+                f"(at most {byte_size(self.most_bytes)})"
+            )
 
     def fields_of(self, metadata: Mapping[str, str], source: str | os.PathLike[str]) -> dict[str, Any]:
         """Read the fields out of a file's metadata; raises as `load` does, and calls the file `source`."""

@@ -20,6 +20,7 @@ from nblens.lens.lens import Lens
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.specs import PHASES, ActivationSlice, Event, FitFinished, FitSpec, RunFinished, RunSpec
+from nblens.steering.steer import Steer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,13 +52,21 @@ class Generation:
     """the new tokens, end-of-text included where it came"""
     trajectories: Mapping[str, Trajectory] = field(default_factory=dict)
     """what the lens read, by site; empty where it was not asked for"""
-    steer: Mapping[str, float] = field(default_factory=dict)
-    """coefficients it was started with"""
+    steers: tuple[Steer, ...] = ()
+    """what steered when it was started, in the form in which it can be given again"""
     coefficient: float | None = None
     """in a sweep: the coefficient of the swept vector"""
     interrupted: bool = False
     timings: Mapping[str, float] = field(default_factory=dict)
     """seconds per phase, as `Trajectory.timings`"""
+
+    @property
+    def steer(self) -> dict[str, float | tuple[float, ...]]:
+        """Coefficients it was started with, by vector; of a vector that was given several times all of them."""
+        given: dict[str, tuple[float, ...]] = {}
+        for steer in self.steers:
+            given[steer.name] = (*given.get(steer.name, ()), steer.coefficient)
+        return {name: values[0] if len(values) == 1 else values for name, values in given.items()}
 
     @property
     def trajectory(self) -> Trajectory | None:
@@ -192,15 +201,15 @@ class RunResult:
             warn_caller(f"inf or NaN in the readout of {places}; these cells are NaN")
 
     def generation(
-        self, row: int, decode: Decode, steer: Mapping[str, float], coefficient: float | None = None
+        self, row: int, decode: Decode, steers: Iterable[Steer], coefficient: float | None = None
     ) -> Generation:
-        """The text of a row, and the coefficients that it was started with."""
+        """The text of a row, and what steered when it was started."""
         return Generation(
             text=decode(self.sampled(row), self.spec.prompts[row]),
             prompt=decode(self.spec.prompts[row], ()),
             token_ids=self.sampled(row),
             trajectories=self.trajectories(row),
-            steer=steer,
+            steers=tuple(steers),
             coefficient=coefficient,
             interrupted=self.cancelled,
             timings=self.timings,

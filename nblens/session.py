@@ -256,7 +256,7 @@ class Session:
         asked = several_sites("lens", sites, site)
         n_new = either("lens", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, single = build.run("lens", prompt, steer, n_new, temperature, seed, options, chat=chat)
-        spec = replace(spec, lens=build.lens(layers, asked, top_k, targets, lens, metrics))
+        spec = build.acting(replace(spec, lens=build.lens(layers, asked, top_k, targets, lens, metrics)))
         return client.run(spec, lambda result: shaped(map(result.trajectories, result.rows), asked, single), watch)
 
     def attribute(
@@ -303,8 +303,9 @@ class Session:
         n_new = either("attribute", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, _ = build.run("attribute", prompt, steer, n_new, temperature, seed, options, chat=chat, copies=1)
         if targets is None:
-            targets = int(self.lens(spec.prompts[0], layers=-1, top_k=1, metrics=(), steer=steer).top_ids[0, -1, 0])
-        spec = replace(spec, attribution=build.attribution(layers, targets))
+            first = replace(spec, generation=None, lens=build.lens(-1, top_k=1, metrics=()))
+            targets = int(client.run(first, lambda result: result.trajectories(0)[SITE]).top_ids[0, -1, 0])
+        spec = build.acting(replace(spec, attribution=build.attribution(layers, targets)))
         return client.run(spec, lambda result: result.attribution(0))
 
     def compare(
@@ -356,7 +357,8 @@ class Session:
         n_new = either("compare", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, _ = build.run("compare", prompt, {}, n_new, temperature, seed, options, chat=chat, copies=2)
         reading = build.lens(layers, asked, top_k, targets, lens, metrics)
-        spec = replace(spec, lens=replace(reading, compared=True), steering=build.beside_unsteered(steer))
+        reading = replace(reading, compared=True)
+        spec = build.acting(replace(spec, lens=reading, steering=build.beside_unsteered(steer)))
         return client.run(spec, lambda result: result.comparison(asked, self._decode), watch)
 
     @overload
@@ -426,7 +428,8 @@ class Session:
         n_new = either("capture", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, single = build.run("capture", prompt, steer, n_new, temperature, seed, options, chat=chat)
         kept = build.capture(layers, asked, positions, to, prompts=spec.prompts, generate=n_new)
-        return client.run(replace(spec, capture=kept), lambda result: result.captured(asked, single))
+        spec = build.acting(replace(spec, capture=kept))
+        return client.run(spec, lambda result: result.captured(asked, single))
 
     @overload
     def generate(
@@ -479,11 +482,11 @@ class Session:
         steer = readable_again(steer)
         asked = max_new_tokens, temperature, seed, options
         spec, single = build.run("generate", prompt, steer, *asked, chat=chat, fewest=1)
-        spec = replace(spec, lens=build.lens_from(lens))
-        strengths = {s.name: s.coefficient for s in build.steers(steer)}
+        spec = build.acting(replace(spec, lens=build.lens_from(lens)))
+        steers = build.steers(steer)
 
         def assemble(result: RunResult) -> Any:
-            rows = [result.generation(row, self._decode, strengths) for row in result.rows]
+            rows = [result.generation(row, self._decode, steers) for row in result.rows]
             return rows[0] if single else rows
 
         return client.run(spec, assemble)
@@ -537,16 +540,18 @@ class Session:
         asked = max_new_tokens, temperature, seed, options
         spec, _ = build.run("sweep", prompt, {}, *asked, chat=chat, copies=len(strengths), fewest=1)
         written = self.vectors.write(steer, strengths)
+        spec = build.acting(replace(spec, steering=(written,)))
         scored = answer_ids = None
         if answers is not None:
-            encoded = build.two_answers(prompt, answers, chat=chat)
+            encoded = build.scored(prompt, answers, written, chat=chat)
             answer_ids, scored = encoded.answers, Scorer(client.events, progress=False).answered(encoded, written)
 
         def assemble(result: RunResult) -> Sweep:
-            rows = [result.generation(row, self._decode, {name: c}, c) for row, c in enumerate(strengths)]
+            used = [replace(steer, coefficient=c) for c in strengths]
+            rows = [result.generation(row, self._decode, [own], own.coefficient) for row, own in enumerate(used)]
             return Sweep(rows, name, answers, scored, answer_ids)
 
-        return client.run(replace(spec, steering=(written,)), assemble)
+        return client.run(spec, assemble)
 
     def extract(
         self,
@@ -817,7 +822,8 @@ class Session:
     @property
     def reports(self) -> dict[str, SteerabilityReport]:
         """The last report of each vector that has not been replaced since."""
-        return {name: report for name, (vector, report) in self._measured.items() if self.vectors.get(name) is vector}
+        measured = self._measured  # a new dict each time: another thread may measure meanwhile
+        return {name: report for name, (vector, report) in measured.items() if self.vectors.get(name) is vector}
 
     def _evaluation(self, how: Measurement) -> Evaluation:
         return Evaluation(self._extractor(), how, self.neutral_texts)
@@ -831,7 +837,7 @@ class Session:
         if (allowed := report.largest_coefficients) is not None:
             vector = replace(vector, kl_range=(allowed.low, allowed.high))
         self.vectors[vector.name] = vector
-        self._measured[vector.name] = self.vectors[vector.name], report
+        self._measured = {**self._measured, vector.name: (self.vectors[vector.name], report)}
         return report
 
     def _decode(self, ids: Sequence[int], after: Sequence[int]) -> str:

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, cast
 
 import torch
 
 from nblens.engine.control import Emit
 from nblens.errors import UserError
-from nblens.files import plain_file, temporary_beside, umask
+from nblens.files import check_replaceable, plain_file, replacing
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.specs import ActivationSlice, Event, RunFinished, RunSpec, TokensSampled
 
@@ -97,7 +98,7 @@ class ActivationFile:
     Parameters
     ----------
     path : str or os.PathLike
-        The finished file; until `finish` the data is under a temporary name beside it.
+        The finished file; until `finish` the data is in a file without a name, which ends with the process.
     shapes : mapping of str to (int, int, int)
         Room for each tensor; fewer tokens than that may come.
     dtype : torch.dtype
@@ -119,19 +120,18 @@ class ActivationFile:
         for name, shape in shapes.items():
             self._offsets[name] = size
             size += prod(shape) * self._itemsize
-        self._temporary = self._reserve(size)
-        self._data = open(self._temporary, "r+b")  # noqa: SIM115  lives as long as the run
+        self._data = self._reserve(size)
 
-    def _reserve(self, size: int) -> Path:
+    def _reserve(self, size: int) -> BinaryIO:
         with plain_file("write", self._path):
-            free = shutil.disk_usage(self._path.parent).free
+            folder = Path(os.path.realpath(self._path)).parent
+            free = shutil.disk_usage(folder).free
             if 2 * size > free:  # the data, and the finished file while it is made of it
                 raise UserError(
                     f"cannot write {self._path}: it takes {2 * size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
                 )
-            handle, temporary = temporary_beside(self._path)
-        os.close(handle)
-        return Path(temporary)
+            check_replaceable(self._path)
+            return cast(BinaryIO, tempfile.TemporaryFile(dir=folder))
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put tokens start … in their place, (n_layers, n, d_model); what was there is replaced."""
@@ -171,19 +171,13 @@ class ActivationFile:
             header[name] = {"dtype": "I32", "shape": [len(ids)], "data_offsets": [begin, end]}
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)  # the format wants the data aligned
-        finished = Path(f"{self._temporary}.out")
         try:
-            with open(finished, "wb") as out:
+            with replacing(self._path) as out:
                 out.write(len(encoded).to_bytes(8, "little") + encoded)
                 self._copy_used(out)
                 for ids in token_ids.values():
                     out.write(ids.to(torch.int32).numpy().tobytes())
-            os.chmod(finished, 0o666 & ~umask())
-            os.replace(finished, self._path)
-        except OSError as error:
-            raise UserError(f"cannot write {self._path}: {error.strerror}") from error
         finally:
-            finished.unlink(missing_ok=True)
             self.discard()
         return self._path
 
@@ -199,7 +193,6 @@ class ActivationFile:
                     left -= len(piece)
 
     def discard(self) -> None:
-        """Close and remove the temporary file; harmless when that was done."""
+        """Let go of the data; harmless when that was done."""
         with suppress(OSError):  # what is still to be written may have no room either
             self._data.close()
-        self._temporary.unlink(missing_ok=True)

@@ -37,6 +37,10 @@ class Dose:
         coefficients = tuple(c for c in write.coefficients if c is not None)
         return cls(write.directions, coefficients, write.site, write.write, write.op)
 
+    def named(self, name: str) -> SteeringWrite:
+        """The dose as one write of a vector of this name, a row for each coefficient."""
+        return SteeringWrite(name, self.site, self.directions, self.coefficients, self.write, self.op)
+
     def toward(self, directions: Mapping[int, np.ndarray], coefficients: Sequence[float]) -> Dose:
         """Other directions, written in the same way."""
         return replace(self, directions=directions, coefficients=tuple(coefficients))
@@ -59,5 +63,5 @@ def settings_of(doses: Sequence[Dose], *, unsteered: int = 0) -> tuple[int, tupl
         coefficients: list[float | None] = [None] * n_settings
         coefficients[place : place + len(dose.coefficients)] = dose.coefficients
         place += len(dose.coefficients)
-        writes.append(SteeringWrite(f"{number}", dose.site, dose.directions, tuple(coefficients), dose.write, dose.op))
+        writes.append(replace(dose.named(f"{number}"), coefficients=tuple(coefficients)))
     return n_settings, tuple(writes)

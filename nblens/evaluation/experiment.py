@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,13 @@ from nblens.evaluation.measurement import Measurement
 from nblens.evaluation.scorer import EncodedSamples, Scorer
 from nblens.extractor import Extractor
 from nblens.layers import parse_layers
+from nblens.model.sites import check_site
+from nblens.specs import SteeringWrite
+from nblens.steering.reach import check_scored, is_reached, neutral_text, scored_texts
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_samples
 from nblens.steering.statistics import DoseResponse
+from nblens.steering.steer import check_write
 from nblens.steering.vector_store import check_op
 from nblens.steering.vectors import SteeringVector
 
@@ -50,12 +55,16 @@ class Evaluation:
     ) -> tuple[SteeringVector, SteerabilityReport]:
         """Make a vector on one split of the samples, choose its block on a second, measure it on a third."""
         how, extractor = self.how, self.extractor
-        neutral = self.neutral_ids()
-        blocks = parse_layers(layers, extractor.build.architecture.n_blocks)
+        self.neutral_ids()  # a mistake in them is told before what takes long
+        blocks: Sequence[int] = parse_layers(layers, self._n_blocks)
         splits = split(as_samples(samples), how.seed)
+        validation = self.encode(splits.validation)
+        # before a vector is made, and of all blocks: one that cannot act would have a slope of 0, not none
+        blocks = self._acting(name, blocks, extraction, [validation, self.encode(splits.test)])
         vector = extractor.vector(name, splits.train, **extraction, chat=how.chat, progress=how.progress)
         vector = vector.normalized() if normalise else vector
-        validation = self.encode(splits.validation)
+        blocks = [block for block in blocks if vector.directions[block].any()] or blocks
+        neutral = self._neutral(Dose.of(vector, how.coefficients, blocks), told=False)
         choice = choose_layer(self.scorer, vector, validation, blocks, how.coefficients, neutral, how.kl_budget)
         vector = vector.at((choice.block,))
         known = {"out_of_distribution": out_of_distribution, "choice": choice, "splits": splits.sizes}
@@ -86,10 +95,12 @@ class Evaluation:
             How many samples each split holds.
         """
         check_op(vector.name, vector.site, vector.op)
-        neutral, own = self.neutral_ids(), self.encode(samples)
+        dose, own = Dose.of(vector, self.how.coefficients), self.encode(samples)
         other = None if out_of_distribution is None else self.encode(out_of_distribution)
+        for measured in (own, other) if other else (own,):
+            check_scored(dose.named(vector.name), measured.encoded, self._n_blocks)
+        neutral = self._neutral(dose, told=True)
         shuffled = self._shuffled(vector, pairs)
-        dose = Dose.of(vector, self.how.coefficients)
         (values,) = self.scorer.propensities([*own.encoded, *(other.encoded if other else ())], [dose], "dose response")
         coefficients, n_own = np.array(dose.coefficients), len(own.encoded)
         response = DoseResponse(coefficients, values[:n_own])
@@ -136,6 +147,39 @@ class Evaluation:
         if short := [text for text, own in zip(texts, ids, strict=True) if len(own) < _FEWEST_NEUTRAL]:
             raise UserError(f"a neutral text needs {_FEWEST_NEUTRAL} tokens or more, got {short[0]!r}")
         return ids
+
+    @property
+    def _n_blocks(self) -> int:
+        return self.extractor.build.architecture.n_blocks
+
+    def _acting(
+        self, name: str, blocks: Sequence[int], extraction: Mapping[str, Any], splits: Sequence[EncodedSamples]
+    ) -> Sequence[int]:
+        """The blocks at which a vector can reach answers of every split; raises where there is none."""
+        site, write = check_site(extraction["site"]), check_write(extraction["write"])
+        unit = np.ones(1, dtype=np.float32)
+        writes = {block: SteeringWrite(name, site, {block: unit}, (1.0,), write) for block in blocks}
+        texts = [[fed for sample in split.encoded for fed in scored_texts(sample, self._n_blocks)] for split in splits]
+        acting = [block for block in blocks if all(is_reached(writes[block], own) for own in texts)]
+        if not acting:
+            for split in splits:
+                check_scored(writes[blocks[0]], split.encoded, self._n_blocks)
+        return acting
+
+    def _neutral(self, dose: Dose, *, told: bool) -> list[tuple[int, ...]]:
+        """Neutral texts; none, which is told, where steering cannot reach them and would seem to cost nothing."""
+        ids = self.neutral_ids()
+        written = replace(dose.named("the vector"), coefficients=(1.0,))
+        if not ids or is_reached(written, [neutral_text(one, self._n_blocks) for one in ids]):
+            return ids
+        if told:
+            warnings.warn(
+                f"what is written at {dose.write!r} reaches no neutral text (of {max(map(len, ids))} tokens at most): "
+                "nothing is said of what steering costs; give longer ones as neutral=[…]",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return []
 
     def _shuffled(self, vector: SteeringVector, pairs: Any) -> list[dict[int, np.ndarray]]:
         how = self.how

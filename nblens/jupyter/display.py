@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from nblens.errors import escaped
 from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
@@ -68,13 +69,19 @@ _views: dict[int, _View] = {}
 class Table:
     """A few rows under a heading, as aligned text or as simple HTML.
 
-    The last column is never padded, so that a number that changes with the machine moves nothing else.
+    The last column is never padded, so that a number that changes with the machine moves nothing else. Texts are
+    plain ones: what files and models bring can neither hide nor reorder anything, nor act on a terminal.
     """
 
     title: str
     columns: Sequence[str] = ()
     """a name that begins with > is set flush right"""
     rows: Sequence[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", plain(self.title))
+        object.__setattr__(self, "columns", [plain(name) for name in self.columns])
+        object.__setattr__(self, "rows", [[plain(text) for text in row] for row in self.rows])
 
     def __repr__(self) -> str:
         if not self.rows:
@@ -141,7 +148,10 @@ def vectors_table(session: Session) -> Table:
                 f"{max(best):.1f}" if best else "",
                 vector.write,
                 _signed(setting[vector.name].coefficient) if vector.name in setting else "off",
-                f"{vector.method} of {vector.n_pairs} {'pair' if vector.n_pairs == 1 else 'pairs'}, read {vector.read}"
+                escaped(
+                    f"{vector.method} of {vector.n_pairs} {'pair' if vector.n_pairs == 1 else 'pairs'}, "
+                    f"read {vector.read}"
+                )
                 if vector.method
                 else "",
             )
@@ -166,18 +176,15 @@ def vector_blocks_table(vector: SteeringVector) -> Table:
 
 def setting_table(session: Session) -> Table:
     """What steers now."""
+    setting, vectors = session.steer.setting, session.vectors.snapshot()
     rows = [
-        (
-            name,
-            _signed(steer.coefficient),
-            _blocks_written(session, name, steer.layers),
-            steer.write,
-        )
-        for name, steer in session.steer.setting.items()
+        (name, _signed(steer.coefficient), _blocks_written(vectors[name], steer.layers), vectors.way(steer)[0])
+        for name, steer in setting.items()
+        if name in vectors
     ]
     if rows:
         return Table("", ("steering", ">coefficient", ">blocks", "tokens"), rows)
-    known = ", ".join(session.vectors) or "none yet; make one with %%steer NAME"
+    known = ", ".join(vectors) or "none yet; make one with %%steer NAME"
     return Table(f"steering is off (vectors: {known})")
 
 
@@ -186,8 +193,8 @@ def steerability_table(report: SteerabilityReport) -> Table:
     return Table("", ("measure", "value"), report.rows)
 
 
-def _blocks_written(session: Session, name: str, layers: Any) -> str:
-    return format_layers(session.vectors[name].layers) if layers is None else str(layers)
+def _blocks_written(vector: SteeringVector, layers: Any) -> str:
+    return format_layers(vector.layers) if layers is None else str(layers)
 
 
 def _signed(coefficient: float) -> str:
@@ -238,7 +245,8 @@ def _generation_text(generation: Generation) -> str:
 
 
 def _generation_html(generation: Generation) -> str:
-    steer = ", ".join(f"{name}={short_number(c)}" for name, c in generation.steer.items() if c)
+    acting = [s for s in generation.steers if s.coefficient or s.op == "ablate_add"]
+    steer = ", ".join(f"{s.name}={short_number(s.coefficient)}" for s in acting)
     notes = [f"steered by {steer}"] if steer else []
     notes += ["stopped"] if generation.interrupted else []
     soft = "color:var(--jp-content-font-color2,color-mix(in srgb,CanvasText 65%,Canvas))"

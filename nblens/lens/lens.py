@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from nblens.errors import UserError, escaped
-from nblens.files import expanded, read_safetensors
+from nblens.files import expanded, safetensors_header
 from nblens.layers import format_layers
 from nblens.lens.published import read_published
 from nblens.records import RecordFormat, sound_content
@@ -188,10 +188,10 @@ class Lens:
         path = expanded(path)
         if path.is_dir() or path.suffix in (".pt", ".pth"):
             return _published(path, name)
-        arrays, metadata = read_safetensors(path)
-        if "format" not in metadata and "J" in arrays:
+        metadata, names, _ = safetensors_header(path)
+        if "format" not in metadata and "J" in names:
             return _published(path, name)
-        plain = _FORMAT.fields_of(metadata, path)
+        plain, arrays = _FORMAT.load(path)
         with sound_content(path):
             return _from_fields(arrays, plain, name)
 

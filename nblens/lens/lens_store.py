@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 
-from nblens.errors import UserError
+from nblens.errors import UnknownNameError, UserError
 from nblens.lens.lens import LOGIT, Lens
 from nblens.lens.published import lens_file
+from nblens.stores import NamedStore
 
 __all__ = ["LensStore"]
 
 
-class LensStore(MutableMapping[str, Lens]):
+class LensStore(NamedStore[Lens]):
     """The lenses of a session, by name; only those that fit its model.
 
     >>> session.lenses["plain"] = nblens.Lens("plain", "jacobian", {1: torch.eye(192)})
@@ -24,45 +24,36 @@ class LensStore(MutableMapping[str, Lens]):
     """
 
     def __init__(self, n_blocks: int, d_model: int) -> None:
+        super().__init__()
         self._n_blocks, self._d_model = n_blocks, d_model
-        self._lenses: dict[str, Lens] = {}
         self._read: dict[str, tuple[int, int, int]] = {}
 
     def __getitem__(self, name: str) -> Lens:
-        if isinstance(name, str) and (name in self._read or name not in self._lenses):
+        if isinstance(name, str) and (name in self._read or name not in self):
             self._read_file(name)
-        try:
-            return self._lenses[name]
-        except (KeyError, TypeError):
-            known = ", ".join([LOGIT, *sorted(self._lenses)])
-            raise UserError(
-                f"lens {name!r} is unknown; one of {known}, or the path of a lens file "
-                "(session.fit_lens(texts) makes a tuned lens)"
-            ) from None
+        return super().__getitem__(name)
+
+    def _unknown(self, name: object) -> UnknownNameError:
+        known = ", ".join([LOGIT, *sorted(self)])
+        return UnknownNameError(
+            f"lens {name!r} is unknown; one of {known}, or the path of a lens file "
+            "(session.fit_lens(texts) makes a tuned lens)"
+        )
 
     def __setitem__(self, name: str, lens: Lens) -> None:
         self.check_name(name)
         if not isinstance(lens, Lens):
             raise UserError(f"{name!r} must be a Lens, got {type(lens).__name__}")
         lens.check_fits(n_blocks=self._n_blocks, d_model=self._d_model)
-        self._lenses[name] = replace(lens, name=name)
+        self._put(name, replace(lens, name=name))
         self._read.pop(name, None)
 
     def __delitem__(self, name: str) -> None:
-        del self._lenses[self[name].name]
+        super().__delitem__(name)
         self._read.pop(name, None)
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._lenses
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._lenses)
-
-    def __len__(self) -> int:
-        return len(self._lenses)
-
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._lenses.values())) or "no lens beside the logit lens"
+        return "\n".join(map(repr, self.values())) or "no lens beside the logit lens"
 
     def check_name(self, name: str) -> None:
         """Raise `UserError` unless a lens can be kept under this name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from typing import Any
 import torch
 
 from nblens.errors import FileFormatError, first_line
-from nblens.files import plain_file, read_safetensors
+from nblens.files import plain_file, read_safetensors, read_whole
 from nblens.records import sound_content
+from nblens.text import byte_size
 
 __all__ = ["lens_file", "read_published"]
 
 _CONFIG, _PARAMS, _JACOBIAN = "config.json", "params.pt", "lens.pt"
+
+_MOST_PICKLED = 2**24
+"""Bytes of what torch.save pickles beside the tensors: names and shapes."""
+_MOST_OLD = 2**28
+"""Bytes of a file in torch's format before 1.6, which can only be read as a whole."""
 
 
 def lens_file(path: str | os.PathLike[str]) -> str | None:
@@ -43,10 +50,13 @@ def read_published(path: str | os.PathLike[str], name: str | None = None) -> dic
     with sound_content(path):
         try:
             if config is not None:
-                return {"name": name or path.name, **_tuned(content, config)}
-            return {"name": name or path.stem, **_jacobian(content)}
+                fields = {"name": name or path.name, **_tuned(content, config)}
+            else:
+                fields = {"name": name or path.stem, **_jacobian(content)}
         except KeyError as error:
-            raise FileFormatError(f"{path} is no lens, or damaged: it lacks {error}") from error
+            size = byte_size(os.stat(file or path).st_size)
+            raise FileFormatError(f"{path} is no lens, or damaged: its {size} lack {error}") from error
+    return fields | {part: _in_memory(fields[part]) for part in ("weights", "biases") if part in fields}
 
 
 def _tuned(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +99,7 @@ def _check_width(matrices: Mapping[int, Any], d_model: int) -> None:
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    with plain_file("read", path):
-        content = path.read_bytes()
+    content = read_whole(path)
     with sound_content(path):
         return _mapping(json.loads(content.decode()), path)
 
@@ -102,12 +111,43 @@ def _content(path: Path) -> Mapping[str, Any]:
         return {**metadata, **{key: torch.from_numpy(array) for key, array in arrays.items()}}
     with plain_file("read", path):
         try:
-            return _mapping(torch.load(path, map_location="cpu", weights_only=True), path)
+            # mapped: what the file turns out not to need is never read
+            mapped = _is_mappable(path)
+            return _mapping(torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mapped), path)
         except (OSError, FileFormatError):
             raise
         except Exception as error:  # the unpickler passes on whatever a damaged file makes it stumble over
             reason = first_line(error)[:120]
             raise FileFormatError(f"{path} is damaged, or holds more than tensors: {reason}") from error
+
+
+def _is_mappable(path: Path) -> bool:
+    """Tell whether a file of torch.save can be looked into before its tensors are read; out of bounds it is refused."""
+    size = os.stat(path).st_size
+    if not zipfile.is_zipfile(path):
+        if size > _MOST_OLD:
+            raise FileFormatError(
+                f"{path} was not read: {byte_size(size)} that are no file of torch.save (1.6 or later)"
+            )
+        return False
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it is compressed, as torch.save never does")
+            if entry.filename.endswith(".pkl") and entry.file_size > _MOST_PICKLED:
+                raise ValueError(f"it pickles {byte_size(entry.file_size)} beside its tensors")
+    return True
+
+
+def _in_memory(tensors: Mapping[int, Any]) -> dict[int, Any]:
+    """Copies that stay what they are when the file changes; what declares more than it has is left for its refusal."""
+    return {depth: tensor.clone() if _is_whole(tensor) else tensor for depth, tensor in tensors.items()}
+
+
+def _is_whole(tensor: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def _mapping(content: object, path: Path) -> Mapping[str, Any]:

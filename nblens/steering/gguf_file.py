@@ -32,6 +32,7 @@ import numpy as np
 
 from nblens.errors import FileFormatError, UserError, first_line
 from nblens.files import plain_file, replace_file
+from nblens.text import byte_size
 
 __all__ = ["ControlVector", "model_family", "read_control_vector", "write_control_vector"]
 
@@ -42,6 +43,9 @@ _FORMAT = 1
 _DIRECTION = re.compile(r"direction\.(0|[1-9][0-9]{0,5})")
 _MOST_VALUES = 20_000
 """A control vector's header holds some tens of values, and eight for every direction."""
+
+_MOST_BYTES = 2**30
+"""A control vector holds one number for each dimension of each block."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,11 @@ def _read(reader: Any, kinds: Any, float32: Any) -> ControlVector:
 
 def _directions(reader: Any, float32: Any) -> dict[int, np.ndarray]:
     # tensors may lie on top of one another: a small file would ask for much memory
-    if sum(tensor.n_bytes for tensor in reader.tensors) > len(reader.data):
+    size = sum(tensor.n_bytes for tensor in reader.tensors)
+    if size > len(reader.data):
         raise ValueError("its tensors are larger than the file")
+    if size > _MOST_BYTES:
+        raise ValueError(f"its tensors hold {byte_size(size)}, and a control vector's at most {byte_size(_MOST_BYTES)}")
     directions = {}
     for tensor in reader.tensors:
         match = _DIRECTION.fullmatch(tensor.name)

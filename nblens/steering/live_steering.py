@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 
 from nblens.errors import UserError
+from nblens.steering.reach import check_acts
 from nblens.steering.steer import Steer
 from nblens.steering.vector_store import VectorStore
 
@@ -22,19 +24,24 @@ class LiveSteering:
     ' quite great'
 
     A new coefficient takes effect at the next token of a run in progress. What is written in another way (layers,
-    positions, operation) is so from the next run on, and off in the present one.
+    positions, operation) is so from the next run on, and off in the present one. A vector that is deleted is off for
+    good: another one of its name does not steer.
 
     Parameters
     ----------
     vectors : VectorStore
         Where names are looked up.
     send : callable
-        Takes {`Steer.key`: coefficient, or None for off} to the run in progress.
+        Takes {`Steer.key` of a vector's way: coefficient, or None for off} to the run in progress.
     """
 
     def __init__(self, vectors: VectorStore, send: Callable[[Mapping[str, float | None]], None]) -> None:
         self._vectors, self._send = vectors, send
         self._setting: dict[str, Steer] = {}
+        self._keys: dict[str, str] = {}
+        """what was sent of each: its vector may be written in another way by now"""
+        self._changing = threading.RLock()
+        vectors.on_removal = self._forget
 
     def __call__(self, steer: Mapping[str, float] | Iterable[Steer]) -> None:
         """Set coefficients; names left out stay as they are. All are checked before any changes."""
@@ -48,11 +55,16 @@ class LiveSteering:
         names = [item.name for item in steers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"the live setting holds one strength per vector, got {twice[0]!r} twice")
+        vectors = self._vectors.snapshot()
         for item in steers:
-            self._vectors.write(item, (item.coefficient,))
-        before = [item for name, item in self._setting.items() if name in names or not keep]
-        self._setting = (self._setting if keep else {}) | {item.name: item for item in steers}
-        self._send({item.key: None for item in before} | {item.key: item.coefficient for item in steers})
+            check_acts(vectors.write(item, (item.coefficient,)))
+        with self._changing:
+            steers = [item for item in steers if item.name in self._vectors]  # another thread may have deleted one
+            gone = self._setting.keys() & names if keep else self._setting.keys()
+            off = self._turned_off(gone)
+            self._setting = (self._setting if keep else {}) | {item.name: item for item in steers}
+            self._keys = (self._keys if keep else {}) | {item.name: vectors.resolved(item).key for item in steers}
+            self._send(off | {self._keys[item.name]: item.coefficient for item in steers})
 
     @property
     def setting(self) -> dict[str, Steer]:
@@ -61,8 +73,25 @@ class LiveSteering:
 
     def off(self) -> None:
         """Stop steering; the vectors stay."""
-        self._send({item.key: None for item in self._setting.values()})
-        self._setting.clear()
+        with self._changing:
+            self._send(self._turned_off(self._setting))
+            self._setting, self._keys = {}, {}
+
+    def _forget(self, name: str) -> None:
+        """Let a deleted vector steer no more, in a run in progress from the next token on."""
+        with self._changing:
+            if name in self._setting:
+                self._send({self._keys[name]: None})
+                self._setting = {other: steer for other, steer in self._setting.items() if other != name}
+
+    def _turned_off(self, names: Iterable[str]) -> dict[str, float | None]:
+        """What tells a run in progress that these are off, whichever way of theirs it carries."""
+        off, vectors = dict[str, float | None](), self._vectors.snapshot()
+        for name in names:
+            off[self._keys[name]] = None
+            if name in vectors:
+                off[vectors.resolved(self._setting[name]).key] = None
+        return off
 
     def __repr__(self) -> str:
         return "\n".join(map(repr, self.setting.values())) or "no steering"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nblens.errors import FileFormatError
-from nblens.files import expanded, plain_file, replace_file
+from nblens.files import expanded, read_whole, replace_file
 from nblens.records import RecordFormat, sound_content
 from nblens.steering.statistics import DoseResponse, SideEffects
 from nblens.steering.steerability import Steerability
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SteerabilityReport"]
 
-_FORMAT = RecordFormat("nblens.steerability", 1, "a steerability report")
+_FORMAT = RecordFormat("nblens.steerability", 1, "a steerability report", most_bytes=2**28)
 _TEXTS = ("name", "model", "site", "read", "write", "op", "method")
 _SPLITS = {"dose_response": "in distribution", "out_of_distribution": "out of distribution"}
 
@@ -109,9 +109,7 @@ class SteerabilityReport(Steerability):
         if _is_safetensors(path):
             plain, _ = _FORMAT.load(path)
             return cls._from_plain(plain, path)
-        with plain_file("read", path) as path:
-            content = path.read_bytes()
-        return cls.from_json(content.decode(errors="replace"), str(path))
+        return cls.from_json(read_whole(path).decode(errors="replace"), str(path))
 
     def plot(self) -> Figure:
         """Draw propensity over λ, and what it costs; see `nblens.plots.dose_response`."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nblens.errors import FileFormatError, UserError, first_line
-from nblens.files import expanded, plain_file
+from nblens.files import expanded, read_whole
 from nblens.model.tokens import check_characters
 
 __all__ = ["Pair", "Sample", "as_pairs", "as_samples", "balanced", "letter_of"]
@@ -266,8 +266,7 @@ def _short(value: Any) -> str:
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix.lower() not in _KINDS:
         raise UserError(f"pairs are read from {', '.join(_KINDS)} files; got {_short(str(path))}")
-    with plain_file("read", path):
-        content = path.read_bytes()
+    content = read_whole(path, most=2**30)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nblens.errors import UserError
+from nblens.errors import UserError, escaped
 
 __all__ = [
     "STEER_OPS",
@@ -39,12 +39,16 @@ _RANGE = re.compile(r"(\d+)(-(\d*))?")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Steer:
     """One steering vector at work: which, how strongly, where.
 
     >>> nblens.Steer("cheerful", 1.5)
-    Steer(name='cheerful', coefficient=1.5, layers=None, write='all', op='add')
+    Steer('cheerful', 1.5)
+    >>> nblens.Steer("cheerful", -1, layers="5-6", write=(4, 10))
+    Steer('cheerful', -1.0, layers='5-6', write='4-9')
+
+    What is left out is the vector's own, as in `{"cheerful": 1.5}`.
 
     Parameters
     ----------
@@ -54,10 +58,11 @@ class Steer:
         The strength λ multiplied onto the vector; negative values push the other way.
     layers : int, slice, str or sequence of int, optional
         Blocks to write at. None: the vector's own choice.
-    write : {"all", "prompt", "generated", "label", "last"}, slice, (int, int) or str
-        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends.
-    op : {"add", "ablate", "ablate_add", "clamp", "rotate"}
-        What is done with the vector; see `STEER_OPS`.
+    write : {"all", "prompt", "generated", "label", "last"}, slice, (int, int) or str, optional
+        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends. None: the
+        vector's own choice.
+    op : {"add", "ablate", "ablate_add", "clamp", "rotate"}, optional
+        What is done with the vector; see `STEER_OPS`. None: the vector's own choice.
 
     Raises
     ------
@@ -68,14 +73,20 @@ class Steer:
     name: str
     coefficient: float = 1.0
     layers: Any = None
-    write: str = "all"
-    op: str = "add"
+    write: Any = None
+    op: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "coefficient", check_coefficient(self.name, self.coefficient))
-        object.__setattr__(self, "write", check_write(self.write))
-        if self.op not in STEER_OPS:
+        if self.write is not None:
+            object.__setattr__(self, "write", check_write(self.write))
+        if self.op is not None and self.op not in STEER_OPS:
             raise UserError(f"steering operation {self.op!r} is unknown; one of {', '.join(STEER_OPS)}")
+
+    def __repr__(self) -> str:
+        chosen = ((what, getattr(self, what)) for what in ("layers", "write", "op"))
+        more = "".join(f", {what}={value!r}" for what, value in chosen if value is not None)
+        return escaped(f"Steer({self.name!r}, {self.coefficient!r}{more})")
 
     @property
     def key(self) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 
-from nblens.errors import UserError
+from nblens.errors import UnknownNameError, UserError, shown
 from nblens.layers import format_layers, parse_layers
 from nblens.model.sites import check_site
 from nblens.specs import SteeringWrite
-from nblens.steering.steer import Steer, check_coefficient
+from nblens.steering.steer import Steer
 from nblens.steering.vectors import SteeringVector
+from nblens.stores import NamedStore
 
 __all__ = ["Steering", "VectorStore", "check_name", "check_op"]
 
@@ -20,25 +22,26 @@ Steering = Mapping[str, float] | Iterable[Steer] | None
 _MOST = 10_000  # of these
 
 
-class VectorStore(MutableMapping[str, SteeringVector]):
+class VectorStore(NamedStore[SteeringVector]):
     """The steering vectors of a session, by name; only those that fit its model.
 
     >>> session.vectors["gloomy"] = -session.vectors["cheerful"]
     >>> list(session.vectors)
     ['cheerful', 'gloomy']
+
+    A vector that is deleted steers no more; one that is put in the place of another steers as that one did.
     """
 
     def __init__(self, n_blocks: int, d_model: int) -> None:
+        super().__init__()
         self._n_blocks, self._d_model = n_blocks, d_model
-        self._vectors: dict[str, SteeringVector] = {}
+        self.on_removal: Callable[[str], object] = lambda name: None
+        """is told the name of a vector that was deleted"""
 
-    def __getitem__(self, name: str) -> SteeringVector:
-        try:
-            return self._vectors[name]
-        except KeyError:
-            known = ", ".join(sorted(self._vectors))
-            hint = f"one of {known}" if known else "there is none yet: make one with %%steer or session.extract"
-            raise UserError(f"steering vector {name!r} is unknown; {hint}") from None
+    def _unknown(self, name: object) -> UnknownNameError:
+        known = ", ".join(sorted(self))
+        hint = f"one of {known}" if known else "there is none yet: make one with %%steer or session.extract"
+        return UnknownNameError(f"steering vector {name!r} is unknown; {hint}")
 
     def __setitem__(self, name: str, vector: SteeringVector) -> None:
         check_name(name)
@@ -46,35 +49,33 @@ class VectorStore(MutableMapping[str, SteeringVector]):
             raise UserError(f"{name!r} must be a SteeringVector, got {type(vector).__name__}")
         check_site(vector.site)
         vector.check_fits(n_blocks=self._n_blocks, d_model=self._d_model)
-        self._vectors[name] = replace(vector, name=name)
+        self._put(name, replace(vector, name=name))
 
     def __delitem__(self, name: str) -> None:
-        del self._vectors[self[name].name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._vectors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._vectors)
-
-    def __len__(self) -> int:
-        return len(self._vectors)
+        super().__delitem__(name)
+        self.on_removal(name)
 
     def __repr__(self) -> str:
-        return "\n".join(map(repr, self._vectors.values())) or "no steering vectors"
+        return "\n".join(map(repr, self.values())) or "no steering vectors"
+
+    def snapshot(self) -> VectorStore:
+        """Return the vectors as they are now: what other threads add or delete changes nothing in it."""
+        taken = VectorStore(self._n_blocks, self._d_model)
+        taken._values = self._values
+        return taken
 
     def steers(self, steer: Mapping[str, float] | Iterable[Steer]) -> list[Steer]:
         """Read a setting: unknown names and coefficients that are not finite are refused."""
         if isinstance(steer, Mapping):
-            return [self.usual(name, coefficient) for name, coefficient in steer.items()]
-        steers = []
-        for item in steer if isinstance(steer, Iterable) else [steer]:
+            steers = [Steer(name, coefficient) for name, coefficient in steer.items()]
+        else:
+            steers = list(islice(steer if isinstance(steer, Iterable) else [steer], _MOST + 1))
+        if len(steers) > _MOST:
+            raise UserError(f"steer must be a list that ends; {shown(steer)} has more than {_MOST:,} values")
+        for item in steers:
             if not isinstance(item, Steer):
-                raise UserError(f"steer takes {{name: coefficient}} or nblens.Steer values, got {item!r}")
+                raise UserError(f"steer takes {{name: coefficient}} or nblens.Steer values, got {shown(item)}")
             self[item.name]
-            steers.append(item)
-            if len(steers) > _MOST:
-                raise UserError(f"steer must be a list that ends; {steer!r:.80} has more than {_MOST:,} values")
         return steers
 
     def write(self, steer: Steer, coefficients: tuple[float | None, ...], *, has_labels: bool = False) -> SteeringWrite:
@@ -82,8 +83,8 @@ class VectorStore(MutableMapping[str, SteeringVector]):
 
         Only answers that are scored have labels to write at.
         """
-        vector = self[steer.name]
-        if steer.write == "label" and not has_labels:
+        vector, (positions, op) = self[steer.name], self.way(steer)
+        if positions == "label" and not has_labels:
             raise UserError(
                 f"{steer.name!r} is written at 'label', the token from which an answer's label is predicted: only "
                 "scored answers have one; give write='last' for the prompt's last token"
@@ -95,12 +96,18 @@ class VectorStore(MutableMapping[str, SteeringVector]):
                 f"it has {format_layers(sorted(vector.directions))}"
             )
         directions = {block: vector.directions[block] for block in blocks}
-        check_op(steer.name, vector.site, steer.op)
-        return SteeringWrite(steer.name, vector.site, directions, coefficients, steer.write, steer.op)
+        check_op(steer.name, vector.site, op)
+        return SteeringWrite(steer.name, vector.site, directions, coefficients, positions, op)
 
-    def usual(self, name: str, coefficient: float = 1.0) -> Steer:
-        """The vector as it is written where nothing else is asked for."""
-        return Steer(name, check_coefficient(name, coefficient), write=self[name].write, op=self[name].op)
+    def way(self, steer: Steer) -> tuple[str, str]:
+        """At which positions and by which operation a vector is written: as the `Steer` says, else the vector's own."""
+        vector = self[steer.name]
+        return steer.write or vector.write, steer.op or vector.op
+
+    def resolved(self, steer: Steer) -> Steer:
+        """Put the vector's own positions and operation where none are given."""
+        write, op = self.way(steer)
+        return replace(steer, write=write, op=op)
 
 
 def check_op(name: str, site: str, op: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nblens.errors import UserError, VectorMismatchError, escaped
+from nblens.errors import UserError, VectorMismatchError, escaped, shown
 from nblens.layers import format_layers
 from nblens.records import RecordFormat, sound_content
 from nblens.steering.extraction import read_words
@@ -20,7 +20,7 @@ from nblens.steering.steer import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]
 
-_FORMAT = RecordFormat("nblens.steering_vector", 1, "a steering vector")
+_FORMAT = RecordFormat("nblens.steering_vector", 1, "a steering vector", most_bytes=2**30)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -34,7 +34,9 @@ class SteeringVector:
     >>> nblens.SteeringVector.load(half.save("half.safetensors")).norms == half.norms
     True
 
-    Arithmetic returns new vectors; `v.layers` are the blocks written when nothing else is asked for.
+    Arithmetic returns new vectors; `v.layers` are the blocks written when nothing else is asked for. What was measured
+    follows the directions: `kl_range` of `0.5 * v` is twice as wide, in `-v` its ends and the sign of `separation`
+    change, and what holds of `v` alone is not said of a sum.
     """
 
     name: str
@@ -91,12 +93,27 @@ class SteeringVector:
         return {block: _norm(d) for block, d in self.directions.items()}
 
     def normalized(self) -> SteeringVector:
-        """Return the same directions with norm 1 at every block; a zero direction stays zero."""
-        return self._map(lambda d: d / (_norm(d) or 1.0))
+        """Return the same directions with norm 1 at every block; a zero direction stays zero.
+
+        `kl_range` is kept where the blocks that are written by default had one norm.
+        """
+        norms = {self.norms[block] for block in self.layers} - {0.0}
+        kept = self._kl_range_times(norms.pop()) if len(norms) == 1 or self._is_any_length else None
+        return replace(self._map(lambda d: d / (_norm(d) or 1.0)), kl_range=kept)
 
     def at(self, layers: tuple[int, ...]) -> SteeringVector:
-        """Return the same vector, written at other blocks by default."""
-        return replace(self, layers=layers)
+        """Return the same vector, written at other blocks by default; `kl_range` is that of the blocks before."""
+        moved = replace(self, layers=layers)
+        return moved if set(moved.layers) == set(self.layers) else replace(moved, kl_range=None)
+
+    def is_like(self, other: SteeringVector) -> bool:
+        """Tell whether another one has the same directions and is written in the same way; `kl_range` may differ."""
+        if self.directions.keys() != other.directions.keys() or self.d_model != other.d_model:
+            return False
+        if any((direction != other.directions[block]).any() for block, direction in self.directions.items()):
+            return False
+        mine, others = self._plain(), other._plain()
+        return all(mine[what] == others[what] for what in mine if what != "kl_range")
 
     def check_fits(self, *, n_blocks: int, d_model: int) -> None:
         """Raise `VectorMismatchError` unless the vector belongs to a model of this shape."""
@@ -209,30 +226,33 @@ class SteeringVector:
     def _from_plain(
         cls, directions: Mapping[int, np.ndarray], plain: Mapping[str, Any], name: str | None
     ) -> SteeringVector:
-        plain = {
-            **plain,
-            "layers": tuple(int(block) for block in plain["layers"]),
-            "separation": _by_block(plain["separation"]),
-            "activation_norms": _by_block(plain.get("activation_norms", {})),
-            "name": name or str(plain["name"]),
-            "n_blocks": int(plain["n_blocks"]),
-        }
-        if plain.get("kl_range") is not None:
-            low, high = plain["kl_range"]
-            plain["kl_range"] = (float(low), float(high))
-        if not isinstance(plain["site"], str):
-            raise ValueError(f"site {plain['site']!r}")
+        plain = {**plain, "name": name or plain["name"], "kl_range": _ends(plain.get("kl_range"))}
+        for what in ("name", "site", "write", "op", "model", "method", "read", "data_hash"):
+            if not isinstance(plain.get(what, ""), str):
+                raise ValueError(f"{what} {shown(plain[what])} is no text")
+        for what in ("n_blocks", "n_pairs"):
+            plain[what] = _count(what, plain.get(what, 0))
+        plain["layers"] = tuple(_count("layers", block) for block in plain["layers"])
+        for what, by_block in (
+            ("separation", plain["separation"]),
+            ("activation_norms", plain.get("activation_norms", {})),
+        ):
+            plain[what] = {int(block): _number(what, value) for block, value in by_block.items()}
         return cls(directions=directions, **plain)
 
     def __mul__(self, factor: float) -> SteeringVector:
         if not math.isfinite(factor):
             raise UserError(f"cannot multiply steering vector {self.name!r} by {factor}")
-        return self._map(lambda d: d * np.float32(factor))
+        scaled, sign = self._map(lambda d: d * np.float32(factor)), float(np.sign(np.float32(factor)))
+        if not sign:
+            return replace(scaled, separation={}, kl_range=None)
+        separation = {block: sign * distance for block, distance in self.separation.items()}
+        return replace(scaled, separation=separation, kl_range=self._kl_range_times(1 / factor))
 
     __rmul__ = __mul__
 
     def __neg__(self) -> SteeringVector:
-        return self._map(np.negative)
+        return -1 * self
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
         if not isinstance(other, SteeringVector):
@@ -242,13 +262,35 @@ class SteeringVector:
                 f"cannot add {self.name!r} ({self.site}, {len(self.directions)} blocks × {self.d_model}) and "
                 f"{other.name!r} ({other.site}, {len(other.directions)} blocks × {other.d_model})"
             )
-        total = {block: d + other.directions[block] for block, d in self.directions.items()}
-        return replace(self, directions=total, name=f"{self.name}+{other.name}", separation={}, data_hash="")
+        # how it is written is the first one's; what was found out about either is not known of the sum
+        return SteeringVector(
+            f"{self.name}+{other.name}",
+            {block: d + other.directions[block] for block, d in self.directions.items()},
+            site=self.site,
+            layers=self.layers,
+            write=self.write,
+            op=self.op,
+            model=self.model if self.model == other.model else "",
+            n_blocks=self.n_blocks or other.n_blocks,
+            activation_norms=dict(sorted(self.activation_norms.items() & other.activation_norms.items())),
+        )
 
     def __sub__(self, other: SteeringVector) -> SteeringVector:
         if not isinstance(other, SteeringVector):
             return NotImplemented
         return replace(self + -other, name=f"{self.name}-{other.name}")
+
+    @property
+    def _is_any_length(self) -> bool:
+        """Whether coefficients mean the same at every length and sign: of an ablation only the axis counts."""
+        return self.op == "ablate"
+
+    def _kl_range_times(self, factor: float) -> tuple[float, float] | None:
+        """The range of a vector that needs so many times the coefficient for the same effect."""
+        if self.kl_range is None or self._is_any_length:
+            return self.kl_range
+        low, high = sorted(end * factor for end in self.kl_range)
+        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
     def _map(self, function: Callable[[np.ndarray], np.ndarray]) -> SteeringVector:
         return replace(self, directions={block: function(d) for block, d in self.directions.items()})
@@ -277,5 +319,22 @@ def _is_gguf(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() == ".gguf"
 
 
-def _by_block(numbers: Mapping[str, float]) -> dict[int, float]:
-    return {int(block): float(number) for block, number in numbers.items()}
+def _count(what: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{what} {shown(value)} is no whole number from 0 up")
+    return value
+
+
+def _number(what: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{what} {shown(value)} is no finite number")
+    return float(value)
+
+
+def _ends(ends: Any) -> tuple[float, float] | None:
+    if ends is None:
+        return None
+    low, high = (_number("kl_range", end) for end in ends)
+    if low > high:
+        raise ValueError(f"kl_range ends before it begins: {low}, {high}")
+    return low, high

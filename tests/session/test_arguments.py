@@ -195,7 +195,7 @@ def test_a_vector_is_made_with_the_way_it_is_written(session):
     assert (plain.write, plain.op) == ("all", "add")
     assert (made.write, made.op) == (session.vectors["made"].write, session.vectors["made"].op) == ("4-9", "ablate")
     np.testing.assert_array_equal(made.directions[1], plain.directions[1])
-    assert session.vectors.usual("made").op == "ablate"
+    assert session.vectors["made"].op == "ablate"
 
 
 @pytest.mark.parametrize(

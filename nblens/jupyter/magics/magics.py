@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import functools
 import io
+import keyword
+import re
 import sys
+import unicodedata
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 __all__ = ["NblensMagics", "load_ipython_extension", "unload_ipython_extension"]
 
 _PICTURES = (".png", ".svg", ".pdf")
+_IPYTHONS_OWN = re.compile(r"__\w*__|_+|_i*\d*|_[iod]h|_exit_code|In|Out|get_ipython|exit|quit")
 _MISTAKES = (UserError, UnsupportedModelError, DeviceMemoryError, NumericalError)
 
 
@@ -97,7 +101,7 @@ def _described(line_parser: MagicParser, cell_parser: MagicParser | None = None)
                 if options.help:
                     print(parser.format_help())
                     return None
-                _check_variable(options.output)
+                options.output = _variable(options.output)
                 # IPython ends every cell with a newline that nobody typed
                 result = method(self, options, None if cell is None else cell.removesuffix("\n"))
             except _MISTAKES as mistake:
@@ -287,9 +291,16 @@ def _steering(words: list[str] | None) -> dict[str, float] | None:
     return {} if words == ["off"] else coefficients(words)
 
 
-def _check_variable(name: str | None) -> None:
-    if name is not None and not name.isidentifier():
+def _variable(name: str | None) -> str | None:
+    """The variable that a result is bound to, as Python spells it; names that are no variable's are refused."""
+    if name is None:
+        return None
+    spelled = unicodedata.normalize("NFKC", name)
+    if not spelled.isidentifier() or keyword.iskeyword(spelled):
         raise UserError(f"-o takes the name of a variable, got {name!r}")
+    if _IPYTHONS_OWN.fullmatch(spelled):
+        raise UserError(f"-o {name} would replace what IPython or Python keeps under this name; give another one")
+    return spelled
 
 
 def _check_view(options: Namespace) -> None:

@@ -30,7 +30,7 @@ COMMANDS = {
     "off": Command(),
     "list": Command(),
     "save": Command("NAME FILE"),
-    "load": Command("FILE"),
+    "load": Command("FILE", frozenset({"as"})),
     "show": Command("NAME"),
     "extract": Command("NAME FILE", _READ | _WRITTEN),
     "sweep": Command(
@@ -132,7 +132,7 @@ def _steer() -> MagicParser:
         "%steer",
         usage="%steer [--once]\n"
         "       %steer NAME=λ [NAME=λ ...] [--layers] [--write] [--op]\n"
-        "       %steer off | list | show NAME | save NAME FILE | load FILE\n"
+        "       %steer off | list | show NAME | save NAME FILE | load FILE [--as NAME]\n"
         "       %steer extract NAME FILE [options]\n"
         "       %steer sweep NAME PROMPT [options]\n"
         "       %steer eval NAME FILE [options]\n"
@@ -161,6 +161,7 @@ def _steer() -> MagicParser:
     parser.add_argument("--temperature", type=float, metavar="T", help="sweep: of sampling; 0 (default): greedy")
     parser.add_argument("--seed", type=int, metavar="N", help="of sampling, splits and controls")
     parser.add_argument("--pairs", metavar="FILE", help="eval: pairs the vector was made of, for shuffled controls")
+    parser.add_argument("--as", metavar="NAME", help="load: what the vector is called, instead of the name in the file")
     parser.add_argument("--ood", metavar="FILE", help="eval, experiment: samples of another kind, reported too")
     parser.add_argument("--kl-budget", type=float, metavar="NATS", help="what steering may cost (default: 0.5)")
     _flag(parser, "--once", "panel: write texts while the page waits, where nothing arrives from the background")

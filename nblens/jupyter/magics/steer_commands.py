@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nblens.errors import UserError
@@ -14,6 +13,8 @@ from nblens.jupyter.cell_widgets import belongs_to_cell
 from nblens.jupyter.magics.arguments import coefficients
 from nblens.jupyter.magics.steer_arguments import COMMANDS, check_options
 from nblens.jupyter.stand_in import behind_pages
+from nblens.steering.steer import Steer
+from nblens.steering.vector_store import check_name
 
 if TYPE_CHECKING:
     from nblens.session import Session
@@ -45,8 +46,8 @@ def extract_vector(session: Session, options: Namespace, name: str, pairs: Any) 
 
 
 def _set(session: Session, options: Namespace) -> None:
-    steers = [session.vectors.usual(name, value) for name, value in coefficients(options.words).items()]
-    session.steer([replace(steer, **_given(options, "layers", "write", "op")) for steer in steers])
+    how = _given(options, "layers", "write", "op")
+    session.steer([Steer(name, value, **how) for name, value in coefficients(options.words).items()])
     display(shown.setting_table(session))
 
 
@@ -82,9 +83,18 @@ def _save(session: Session, options: Namespace, name: str, file: str) -> None:
 def _load(session: Session, options: Namespace, file: str) -> Any:
     from nblens.steering.vectors import SteeringVector
 
-    vector = SteeringVector.load(file)
-    session.vectors[vector.name] = vector
-    return vector
+    name = getattr(options, "as")
+    vector = SteeringVector.load(file, name)
+    try:
+        check_name(vector.name)
+    except UserError as error:
+        raise UserError(f"{error} in {file}; give it another with --as NAME") from None
+    before = session.vectors.get(vector.name)
+    if before is None:
+        session.vectors[vector.name] = vector
+    elif not before.is_like(vector):
+        raise UserError(f"there is another vector {vector.name!r}, which {file} would replace; name it with --as NAME")
+    return session.vectors[vector.name]
 
 
 def _sweep(session: Session, options: Namespace, name: str, prompt: str) -> Any:

@@ -281,6 +281,7 @@ def _spec(session: Session, request: LiveRequest) -> RunSpec:
     build, _ = inside(session)
     asked = request.max_new_tokens, request.temperature, request.seed
     spec, _ = build.run("the panel", request.prompt, {}, *asked, {}, chat=request.chat, copies=2, fewest=1)
-    writes = (session.vectors.write(steer, request.coefficients[steer.key]) for steer in request.steers)
+    writes = tuple(session.vectors.write(steer, request.coefficients[steer.key]) for steer in request.steers)
+    build.acting(replace(spec, steering=writes))
     named = (replace(write, name=s.key) for write, s in zip(writes, request.steers, strict=True))
     return replace(spec, steering=tuple(named))

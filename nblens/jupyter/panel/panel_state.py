@@ -112,10 +112,12 @@ class PanelState:
         return LiveRequest(self.prompt, self.steers(session), off, self.max_new_tokens, self.temperature, self.seed)
 
     def _steer(self, session: Session, row: VectorRow) -> Steer:
-        write = session.vectors[row.name].write if self.write == OWN else self.write
+        vector = session.vectors[row.name]
+        write = None if self.write in (OWN, vector.write) else self.write
         # the token from which an answer's label is predicted is the prompt's last where no answers are scored
-        write = "last" if write == "label" else write
-        return Steer(row.name, row.coefficient, layers=row.layers or None, write=write, op=row.op)
+        write = "last" if (write or vector.write) == "label" else write
+        op = None if row.op == vector.op else row.op
+        return Steer(row.name, row.coefficient, layers=row.layers or None, write=write, op=op)
 
 
 def slider_range(kl_range: tuple[float, float] | None, coefficient: float) -> tuple[float, float]:
@@ -130,7 +132,7 @@ def slider_range(kl_range: tuple[float, float] | None, coefficient: float) -> tu
 def as_code(state: PanelState, session: Session) -> str:
     """The cell that generates the panel's steered text again: a magic where it can say so, else Python."""
     steers = [steer for steer in state.steers(session) if steer.name in state.value]
-    usual = all(replace(session.vectors.usual(s.name), coefficient=s.coefficient) == s for s in steers)
+    usual = all(steer == Steer(steer.name, steer.coefficient) for steer in steers)
     bare = state.prompt.strip() and not state.prompt.endswith("\n") and state.prompt.replace("\n", " ").isprintable()
     # without --steer the magic would follow the live setting
     return _magic(state, steers) if usual and bare and steers else _python(state, steers)

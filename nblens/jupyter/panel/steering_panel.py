@@ -167,9 +167,10 @@ class SteeringPanel(WithStandIn, anywidget.AnyWidget):
     def refresh(self) -> None:
         """Show the vectors that the session has, and its live setting where that was changed elsewhere."""
         with self._lock:
-            setting = self._session.steer.setting
+            vectors = self._session.vectors.snapshot()
+            setting = {name: steer for name, steer in self._session.steer.setting.items() if name in vectors}
             old = {row.name: row for row in self._state.rows}
-            rows = [old.get(n) or VectorRow(n, op=v.op) for n, v in self._session.vectors.items()]
+            rows = [old.get(n) or VectorRow(n, op=v.op) for n, v in vectors.items()]
             state = replace(self._state, rows=tuple(rows))
             if setting != self._live:
                 state = _with_setting(state, setting, self._session)
@@ -339,10 +340,11 @@ def _with_setting(state: PanelState, setting: Mapping[str, Steer], session: Sess
     """The panel as the live setting has it; a write position only where all share one."""
     n_blocks = session.architecture.n_blocks
     state = state.with_value({name: steer.coefficient for name, steer in setting.items()})
+    ways = {name: session.vectors.way(steer) for name, steer in setting.items()}
     for name, steer in setting.items():
         layers = "" if steer.layers is None else format_layers(parse_layers(steer.layers, n_blocks))
-        state = state.with_row(replace(state.row(name), op=steer.op, layers=layers))
-    writes = {steer.write for steer in setting.values()}
+        state = state.with_row(replace(state.row(name), op=ways[name][1], layers=layers))
+    writes = {write for write, _ in ways.values()}
     if len(writes) == 1 and any(session.vectors[name].write not in writes for name in setting):
         state = replace(state, write=writes.pop())
     return state
