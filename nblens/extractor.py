@@ -18,10 +18,10 @@ from nblens.model.tokens import as_prompts, chat_text, check_characters, check_i
 from nblens.progress import Send, progress_bar
 from nblens.specs import ExtractionFinished, ExtractionSpec, Span, finished
 from nblens.steering.estimators import METHODS
-from nblens.steering.extraction import (
+from nblens.steering.extraction import best_block
+from nblens.steering.read_positions import (
     WITH_SPECIAL,
     Read,
-    best_block,
     check_read,
     mean_positions,
     read_name,

@@ -53,8 +53,8 @@ from nblens.options import (
 from nblens.progress import progress_bar
 from nblens.results import Generation, RunResult, Sweep, fitted_lens, shaped
 from nblens.specs import LENS_METRICS, FitFinished, RunSpec, finished
-from nblens.steering.extraction import Read
 from nblens.steering.live_steering import LiveSteering
+from nblens.steering.read_positions import Read
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.vector_store import Steering, VectorStore
 from nblens.steering.vectors import SteeringVector

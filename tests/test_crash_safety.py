@@ -110,7 +110,6 @@ WRITERS = {"write_text", "write_bytes", "save_file", "tofile", "to_csv", "savetx
 OWN = {
     "files.py": "the one that the others go through",
     "backends/ray_driver.py": "answers on its standard output",
-    "engine/activation_file.py": "streams into a temporary file, and renames",
     "demo/train.py": "makes the built-in model, and is not called by it",
     "steering/gguf_file.py": "the gguf package writes a draft into a folder of its own",
 }

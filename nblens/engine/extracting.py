@@ -16,14 +16,7 @@ from nblens.model.batching import packed
 from nblens.model.generation import Batch, Phase
 from nblens.specs import ExtractionFinished, ExtractionSpec, Progress, Span
 from nblens.steering.estimators import ESTIMATORS
-from nblens.steering.extraction import (
-    Separation,
-    SpanReader,
-    data_hash,
-    dominant_token,
-    held_back,
-    shuffle_signs,
-)
+from nblens.steering.extraction import Separation, SpanReader, data_hash, dominant_token, held_back, shuffle_signs
 
 __all__ = ["Extraction"]
 

@@ -186,7 +186,7 @@ class Lens:
             The file is damaged, or is not a lens. Nothing in it is ever run.
         """
         path = expanded(path)
-        if path.is_dir() or path.suffix in (".pt", ".pth"):
+        if os.path.isdir(path) or path.suffix in (".pt", ".pth"):
             return _published(path, name)
         metadata, names, _ = safetensors_header(path)
         if "format" not in metadata and "J" in names:

@@ -62,8 +62,9 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Seque
 
     if not tokenize(tokenizer, text, special=False, most=1).whole:
         return
-    for spelling in (text, f" {text}", text.lstrip(" ")):
-        yield tokens(spelling)
+    if tokens(text.lstrip(" ")) or not text.strip(" "):  # of what a tokenizer drops, the space before it is no target
+        for spelling in (text, f" {text}", text.lstrip(" ")):
+            yield tokens(spelling)
     entry = tokenizer.convert_tokens_to_ids(text)
     if (
         isinstance(entry, int)

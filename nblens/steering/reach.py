@@ -7,11 +7,10 @@ alone. What cannot act would otherwise come out as a finding: a slope of 0, a co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nblens.errors import UserError
+from nblens.errors import UserError, warn_caller
 from nblens.layers import format_layers
 from nblens.model.answers import AnsweredPrompt, n_shared
 from nblens.model.sites import SITES
@@ -124,12 +123,12 @@ def check_run(spec: RunSpec, n_blocks: int) -> None:
         return
     reason = _why(dumb[0], rows, _generated_hint(spec))
     if len(dumb) < len(on):
-        warnings.warn(reason, RuntimeWarning, stacklevel=4)
+        warn_caller(reason)
     elif spec.lens is not None and "kl" in spec.lens.metrics:
         whole = [Fed(row.prompt_length, row.length, (_last(n_blocks, range(row.length)),)) for row in rows]
         if not is_reached(dumb[0], whole):
             raise UserError(reason)
-        warnings.warn(f"{reason}; of what is read only kl_to_final can change", RuntimeWarning, stacklevel=4)
+        warn_caller(f"{reason}; of what is read only kl_to_final can change")
     else:
         raise UserError(reason)
 
@@ -143,11 +142,9 @@ def check_scored(write: SteeringWrite, samples: Sequence[AnsweredPrompt], n_bloc
         hint = "answers of one token are predicted from the prompt; give write='last', or 'label'"
         raise UserError(_why(write, [text for own in texts for text in own], hint))
     if dumb:
-        warnings.warn(
+        warn_caller(
             f"{write.name!r}, written at {write.write!r}, reaches the answers of {len(samples) - len(dumb)} of "
-            f"{len(samples)} samples; the propensity of the others, such as sample {dumb[0] + 1}, cannot change",
-            RuntimeWarning,
-            stacklevel=4,
+            f"{len(samples)} samples; the propensity of the others, such as sample {dumb[0] + 1}, cannot change"
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from nblens.layers import format_layers
-from nblens.steering.extraction import read_words
+from nblens.steering.read_positions import read_words
 from nblens.steering.statistics import DoseResponse, n_below
 from nblens.steering.steerability import Steerability
 from nblens.text import percent, plain, short_number

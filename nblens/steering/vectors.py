@@ -15,7 +15,7 @@ import numpy as np
 from nblens.errors import UserError, VectorMismatchError, escaped, shown
 from nblens.layers import format_layers
 from nblens.records import RecordFormat, sound_content
-from nblens.steering.extraction import read_words
+from nblens.steering.read_positions import read_words
 from nblens.steering.steer import STEER_OPS, check_write
 
 __all__ = ["SteeringVector"]

@@ -118,6 +118,7 @@ def serial_kl(model, direction, coefficient, block, texts=NEUTRAL):
 # the dose response ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*reaches the answers of:RuntimeWarning")
 @pytest.mark.parametrize("write", ["all", "prompt", "generated", "label", "last"])
 def test_the_dose_response_equals_serial_runs_of_plain_hooks(session, write):
     session.vectors["v"] = vector_of(write=write)

@@ -173,6 +173,7 @@ def test_wherever_the_last_prompt_token_is_written_the_slope_of_a_one_token_answ
     np.testing.assert_allclose(measure(session, one_token).dose_response.slopes, expected, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*reaches the answers of:RuntimeWarning")
 def test_positions_of_which_nothing_is_predicted_do_nothing(session):
     """`generated` never writes a prompt, and 0-0 not its end; an answer "(A" has its label predicted after "("."""
     for write, moves in (("0", lambda sample: False), ("generated", lambda sample: len(sample.positive) > 1)):
@@ -193,6 +194,7 @@ def test_directions_of_several_blocks_add_up_each_as_often_as_it_is_written(sess
     assert report.vector_norm == pytest.approx((VECTOR_NORM + np.linalg.norm(other)) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*reaches the answers of:RuntimeWarning")
 @pytest.mark.parametrize("write", ["all", "last", "label", "generated"])
 def test_kl_and_perplexity_are_those_of_the_dense_distributions(session, write):
     session.vectors["v"] = vector_of(dict.fromkeys(range(N_BLOCKS), PLANTED.vector), write=write)

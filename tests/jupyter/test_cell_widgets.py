@@ -56,7 +56,7 @@ def test_a_live_run_stops_when_its_cell_runs_again(cell, shell, session):
     grid = shell.user_ns["grid"]
     cell("one", "1")
     assert grid.wait(20)
-    assert grid._run.stopping
+    assert grid._run._stopping
 
 
 def test_a_widget_of_the_users_own_stays_until_it_is_closed(cell, shell):

@@ -94,7 +94,7 @@ def test_text_that_begins_with_a_space_keeps_it(session):
         session.model.lm_head.weight[word] = session.model.model.norm(last)
     out = session.generate("the cat", 1)
     assert (out.token_ids, out.text) == ((word,), " Paris")
-    assert session.sweep("the cat", "v", [0.0], 1)[0].text == " Paris"
+    assert session.sweep("the cat", "v", [0.0, 1.0], 1)[0].text == " Paris"
     assert session.compare("the cat", steer={"v": 0.0}, generate=1).base_text == " Paris"
     told = []
     runner = LiveRunner(session, told.append, threaded=False)

@@ -18,15 +18,8 @@ from nblens.files import read_safetensors, write_safetensors
 from nblens.model.generation import Batch
 from nblens.specs import EXTRACTION_METHODS, ExtractionFinished, ExtractionSpec, Progress
 from nblens.steering.estimators import ESTIMATORS, METHODS
-from nblens.steering.extraction import (
-    READ_POSITIONS,
-    SpanReader,
-    best_block,
-    check_read,
-    read_name,
-    read_span,
-    shuffle_signs,
-)
+from nblens.steering.extraction import SpanReader, best_block, shuffle_signs
+from nblens.steering.read_positions import READ_POSITIONS, check_read, read_name, read_span
 
 LENGTHS = ((4, 7), (9, 3), (5, 5), (12, 4), (3, 8), (6, 6), (8, 11))  # tokens of the two texts of each pair
 

@@ -13,7 +13,8 @@ from tiny_models import D_MODEL, N_BLOCKS
 
 from nblens import UserError
 from nblens.model.generation import Batch
-from nblens.steering.extraction import SpanReader, mean_positions, read_name, read_span, read_words
+from nblens.steering.extraction import SpanReader
+from nblens.steering.read_positions import mean_positions, read_name, read_span, read_words
 
 TOKENIZER = byte_level("bos")
 PAIRS = [("the cat sat", "the dog sat on"), ("Paris is a mat", "Rome is the cat"), ("yes cat", "no dog")]

@@ -14,7 +14,6 @@ from nblens.jupyter.magics.arguments import coefficients
 from nblens.jupyter.magics.steer_arguments import COMMANDS, check_options
 from nblens.jupyter.stand_in import behind_pages
 from nblens.steering.steer import Steer
-from nblens.steering.vector_store import check_name
 
 if TYPE_CHECKING:
     from nblens.session import Session
@@ -81,6 +80,7 @@ def _save(session: Session, options: Namespace, name: str, file: str) -> None:
 
 
 def _load(session: Session, options: Namespace, file: str) -> Any:
+    from nblens.steering.vector_store import check_name
     from nblens.steering.vectors import SteeringVector
 
     name = getattr(options, "as")

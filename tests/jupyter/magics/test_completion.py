@@ -73,7 +73,7 @@ def test_sites_methods_positions_and_layers_complete(complete, session):
         "%%steer x --method " + name for name in ("logistic", "mean_diff", "pca_center", "pca_diff")
     ]
     assert complete("%steer extract x f.csv --method pca_d") == ["%steer extract x f.csv --method pca_diff"]
-    assert complete("%%steer x --read me") == ["%%steer x --read mean"]
+    assert complete("%%steer x --read me") == ["%%steer x --read mean", "%%steer x --read mean+special"]
     assert complete("%%steer x --read la") == ["%%steer x --read label", "%%steer x --read last"]
     assert "%lens --layers 0-2" in complete("%lens --layers ")
     assert "%lens --layers 0-2" in complete("%lens --layers 0")

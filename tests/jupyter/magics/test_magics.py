@@ -348,6 +348,7 @@ def test_options_of_load_sharded_reach_the_loader(run, shell, monkeypatch):
         "pp": 3,
         "ep": 2,
         "ray": "head:6379",
+        "keep": False,
         "trust_remote_code": True,
     }
     run("%load_sharded")

@@ -53,7 +53,7 @@ def test_options_of_extraction(run, session):
     assert (stored.layers, stored.site, stored.read, stored.write) == ((0, 2), "resid_pre", "mean", "generated")
     assert run(f"%%steer w --read -2\n{BODY}").value.read == "-2"
     run("%steer v=1")
-    assert session.steer.setting["v"].write == "generated"
+    assert session.vectors.way(session.steer.setting["v"])[0] == "generated"
 
 
 def test_pairs_of_a_file_make_a_vector(run, session, tmp_path):

@@ -155,7 +155,7 @@ def test_an_adjusted_strength_acts_from_the_very_next_token(demo, runner, report
     begin = SteeringBank.begin
 
     def recorded(self, columns, batch, **more):
-        fed.append(self.coefficients.get("cheerful:add:all:None"))
+        fed.append(self.coefficients.get(nblens.Steer("cheerful").key))
         begin(self, columns, batch, **more)
 
     monkeypatch.setattr(SteeringBank, "begin", recorded)
