@@ -123,7 +123,7 @@ MISTAKES = {
     "positions without an end": (lambda s: s.capture(TEXT, positions=count()), r"positions must be a list that ends"),
     "seeds without an end": (
         lambda s: s.generate(TEXT, 2, seed=count()),
-        r"seed must be one number, or one for each of the 1 rows; got more",
+        "seed must be one number, or one for each .* more",
     ),
     "answers that are read once": (
         lambda s: s.sweep(TEXT, "v", [1], 2, answers=iter([" a", " b"])),
