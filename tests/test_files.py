@@ -1,14 +1,16 @@
 """Files that are whole or not there, and never run code."""
 
+import json
 import os
 import pickle
+import resource
 import struct
 
 import numpy as np
 import pytest
 import torch
 
-from nblens import files
+from nblens import SteeringVector, files
 from nblens.errors import FileFormatError, UserError
 from nblens.files import read_safetensors, replace_file, write_safetensors
 from nblens.steering import samples as nblens_samples
@@ -185,3 +187,108 @@ def test_a_home_that_nobody_has_is_one_line():
         nblens_samples.as_pairs("~nobody-here/a.csv")
     with pytest.raises(UserError, match=r"^cannot write ~nobody-here/a: No such file or directory$"):
         write_safetensors("~nobody-here/a", ARRAYS, {})
+
+
+@pytest.fixture
+def usual_mask():
+    mask = os.umask(0o022)
+    yield
+    os.umask(mask)
+
+
+@pytest.mark.usefixtures("usual_mask")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755])
+def test_a_file_keeps_its_permissions_when_it_is_saved_again(tmp_path, mode):
+    path = tmp_path / "a"
+    replace_file(path, b"old")
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(mode)
+    replace_file(path, b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", mode)
+
+
+def test_a_read_only_file_is_kept(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    path.chmod(0o444)
+    with pytest.raises(UserError, match="it is read-only; give another name, or make it writable"):
+        replace_file(path, b"new")
+    assert (path.read_bytes(), os.listdir(tmp_path)) == (b"old", ["a"])
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    target = tmp_path / "real" / "a"
+    target.write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real/a")
+    (tmp_path / "again").symlink_to("link")
+    replace_file(tmp_path / "again", b"new")
+    assert (tmp_path / "again").is_symlink()
+    assert (tmp_path / "link").is_symlink()
+    assert target.read_bytes() == b"new"
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(UserError, match="cannot write .*round"):
+        replace_file(tmp_path / "round", b"new")
+
+
+def test_another_users_link_in_a_folder_of_all_is_not_followed(tmp_path, monkeypatch):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"old")
+    (shared / "a").symlink_to(victim)
+    link = os.lstat(shared / "a")
+    monkeypatch.setattr(os, "geteuid", lambda: link.st_uid + 1)
+    real = os.stat
+
+    def stat(path, *args, **options):
+        found = real(path, *args, **options)
+        return os.stat_result((*found[:4], link.st_uid + 2, *found[5:])) if path == shared else found
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(UserError, match="another user's link in a folder that anybody may write to"):
+        replace_file(shared / "a", b"new")
+    assert victim.read_bytes() == b"old"
+
+
+def test_the_mask_of_the_process_is_never_changed(tmp_path, monkeypatch):
+    def changed(mask):
+        raise AssertionError("another thread's files would be made with it")
+
+    monkeypatch.setattr(os, "umask", changed)
+    replace_file(tmp_path / "a", b"new")
+
+
+def test_a_link_that_waits_at_the_temporary_name_is_not_followed(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"old")
+    names = iter(["planted", "planted", "free"])
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: next(names))
+    (tmp_path / ".a.planted").symlink_to(victim)
+    replace_file(tmp_path / "a", b"new")
+    assert victim.read_bytes() == b"old"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def sparse(path, header, size):
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        file.truncate(8 + len(encoded) + size)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{}, {"format": "pt"}, {"format": "nblens.steering_vector", "version": "1", "fields": "{}"}],
+    ids=["no metadata", "another format", "ours, and far too large"],
+)
+def test_a_large_foreign_file_is_refused_by_its_header(tmp_path, metadata):
+    size = 2**32
+    tensor = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    sparse(tmp_path / "large", {"__metadata__": metadata, "x": tensor}, size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FileFormatError, match="4.0 GiB"):
+        SteeringVector.load(tmp_path / "large")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB

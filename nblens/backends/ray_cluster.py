@@ -36,6 +36,7 @@ from nblens.text import byte_size
 __all__ = ["RayBackend"]
 
 _REACH, _CONNECT, _BEGIN = 10.0, 30.0, 120.0  # seconds
+_PATIENCE = 0.1  # seconds of one wait: an interrupt is answered
 _CLOSE = 5.0
 _LEAST_FREE = 2**26  # bytes on the disk of Ray's folder
 _LONGEST_FOLDER = 30  # bytes: Ray and we add 77, and the path of a socket has 107 at most
@@ -112,6 +113,8 @@ class RayBackend:
             show(news)
 
         packed = pickle.dumps(args, protocol=5)
+        while not self._idle.wait(_PATIENCE):  # a request's last event comes before its own answer
+            pass
         return [pickle.loads(answer) for answer in self._driver.call("ask", method, packed, on={"news": on_news})]
 
     def run(self, spec: Request, take: Callable[[Event], None], control: _ForwardedControl) -> None:

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 _ORDER = {site: place for place, site in enumerate(SITES)}
-_ORDER["resid_mid"] = _ORDER["attn_out"]  # a vector there is added to what attention returns
 
 
 @dataclass(frozen=True)
