@@ -136,7 +136,6 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    global _loaded
     began = time.perf_counter()
     source, name = source_of(model), DEMO_MODEL if model is None else os.fspath(model)
     where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -165,8 +164,7 @@ def load(
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, **options, **where)
-        session = _adopt(hf_model, tokenizer, name=name, began=began)
-    _loaded = weakref.ref(session)
+        session = _adopt(hf_model, tokenizer, name=name, began=began, ours=True)
     if has_adapter(source):
         _logger.warning("%s holds an adapter (adapter_config.json) beside the model, which is loaded without it", name)
     if model is None:
@@ -204,7 +202,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
     """
     hf_model = uncompiled(hf_model)
     name = hf_model.config.name_or_path or type(hf_model).__name__
-    return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter())
+    return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter(), ours=False)
 
 
 def current() -> Session:
@@ -223,7 +221,9 @@ def current() -> Session:
     return _current
 
 
-def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
+def _adopt(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float, ours: bool
+) -> Session:
     check_config(hf_model.config)
     if (generation := getattr(hf_model, "generation_config", None)) is not None:
         check_token_ids(generation)
@@ -239,7 +239,8 @@ def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, nam
             architecture=served.architecture,
             model=hf_model,
             renew=served.renewed,
-        )
+        ),
+        ours=ours,
     )
 
 
@@ -304,7 +305,7 @@ def _adopt_spread(
         make_room=lambda: _make_room(name, keep=keep),
     )
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
-    return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
+    return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts), ours=True)
 
 
 def _loaded_before() -> Session | None:
@@ -321,9 +322,12 @@ def _make_room(name: str, *, keep: bool) -> None:
         before.unload()
 
 
-def _make_current(session: Session) -> Session:
-    global _current
+def _make_current(session: Session, *, ours: bool) -> Session:
+    """Make a session the current one; `ours` to free when another model is loaded, and nobody else's."""
+    global _current, _loaded
     with _lock:
+        if ours:  # first: an interrupt that comes between leaves no model that nothing would free
+            _loaded = weakref.ref(session)
         before, _current = _current, session
     del before  # not under the lock: where nobody else holds it, this waits for its thread
     return session

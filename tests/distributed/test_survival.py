@@ -24,9 +24,10 @@ PARIS = "print(nblens.current().generate('The capital of France is', 2).text)"
 LOAD = "session = nblens.load(tp=2); " + PARIS
 
 KERNEL = """
-import io, json, sys
+import io, json, signal, sys
 from contextlib import redirect_stdout
 scope = {}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have turned it off
 for line in sys.stdin:
     said = io.StringIO()
     with redirect_stdout(said):
