@@ -71,9 +71,13 @@ def source_of(model: str | os.PathLike[str] | None) -> str:
 
 
 def read_config(
-    model: str | os.PathLike[str] | None, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **more: Any,
 ) -> PreTrainedConfig:
-    """A model's configuration.
+    """A model's configuration; `more` as transformers takes it.
 
     Raises
     ------
@@ -87,7 +91,7 @@ def read_config(
     with read_by_libraries(model):
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                source, revision=revision, trust_remote_code=trust_remote_code
+                source, revision=revision, trust_remote_code=trust_remote_code, **more
             )
         except (OSError, ValueError) as error:
             if base := _base_of_adapter(source, revision):
