@@ -141,13 +141,13 @@ def load(
 
     global _loaded
     began = time.perf_counter()
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_gguf(model, gguf):
         _check_gguf(tp > 1 or pp > 1 or ep > 1, offload_dir, quantization)
-    checkpoint = find_checkpoint(model, gguf, **where)
+    checkpoint = find_checkpoint(model, gguf, revision=revision, trust_remote_code=trust_remote_code)
+    where = checkpoint.where
     source, name, config = checkpoint.source or "", checkpoint.name, checkpoint.config
     with read_by_libraries(None if model is None else name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **where, **checkpoint.file)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     if checkpoint.gguf is None:
         check_files(source, config)
     tp = tensor_ranks(tp, ep)
@@ -165,7 +165,7 @@ def load(
         session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray, keep=keep)
     else:
         planned = _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
-        options = _as_planned(planned) | checkpoint.file
+        options = _as_planned(planned)
         options["offload_folder"] = _checked_offload(offload_dir, planned)
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):

@@ -13,7 +13,7 @@ import torch
 
 from nblens.errors import UserError
 from nblens.gguf_reader import gguf_library, gguf_reader
-from nblens.planning.checkpoint import Headers, read_by_libraries
+from nblens.planning.checkpoint import Headers, hub_or_cache, read_by_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,8 @@ class GgufCheckpoint:
     source: str
     """the folder, or the name on the Hub"""
     file: str
+    local: dict[str, Any]
+    """as in `Checkpoint`"""
     headers: Headers
     """of the tensors as they are stored"""
     kinds: tuple[str, ...]
@@ -67,7 +69,7 @@ def find_gguf(
         source = os.path.expanduser(os.fspath(model))
     gguf_library()
     with read_by_libraries(os.path.join(source, gguf)):
-        return _checked(source, gguf, _located(source, gguf, revision))
+        return _found(source, gguf, revision)
 
 
 def plain_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -79,23 +81,21 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _located(source: str, file: str, revision: str | None) -> Path:
-    if Path(source).is_dir():
-        path = Path(source, file)
-        if not path.is_file():
-            raise ValueError("there is no such file")
-        return path
-    if source.startswith((".", "/")) or os.path.sep * 2 in source or source.count("/") > 1:
-        raise ValueError("there is no such file")
+def _found(source: str, file: str, revision: str | None) -> GgufCheckpoint:
     from transformers.utils.hub import cached_file
 
-    found = cached_file(source, file, revision=revision)
-    if found is None:
+    if Path(source).is_dir():
+        if not Path(source, file).is_file():
+            raise ValueError("there is no such file")
+        return _checked(source, file, {}, Path(source, file))
+    local = hub_or_cache(source, file, revision)
+    path = cached_file(source, file, revision=revision, **local)
+    if path is None:
         raise ValueError("there is no such file")
-    return Path(found)
+    return _checked(source, file, local, Path(path))
 
 
-def _checked(source: str, file: str, path: Path) -> GgufCheckpoint:
+def _checked(source: str, file: str, local: dict[str, Any], path: Path) -> GgufCheckpoint:
     """What a header says, unless transformers could not make a model of it."""
     reader = gguf_reader(path)
     parts = _value(reader, "split.count")
@@ -111,7 +111,7 @@ def _checked(source: str, file: str, path: Path) -> GgufCheckpoint:
         raise ValueError(f"tensors stored as {names} cannot be dequantised by the gguf package; take another file")
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors for _ in range(len(tensor.shape)))
     headers = {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in reader.tensors}
-    return GgufCheckpoint(source, file, headers, tuple(kind for kind, _ in kinds.most_common()))
+    return GgufCheckpoint(source, file, local, headers, tuple(kind for kind, _ in kinds.most_common()))
 
 
 def _value(reader: Any, key: str) -> Any:

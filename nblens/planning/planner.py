@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from nblens.planning.blueprint import Blueprint, draw_blueprint
 from nblens.planning.checkpoint import (
     DEMO_MODEL,
     checkpoint_dtype,
+    hub_or_cache,
     read_by_libraries,
     read_config,
     read_headers,
@@ -47,13 +48,16 @@ class Checkpoint:
     """where its files are; None: only its configuration is known"""
     revision: str | None = None
     trust_remote_code: bool = False
+    local: Mapping[str, Any] = field(default_factory=dict)
+    """what has libraries look on this machine alone, where the Hub cannot be reached"""
     gguf: GgufCheckpoint | None = None
     """the file of it that is taken"""
 
     @property
-    def file(self) -> dict[str, str]:
-        """What tells transformers to take that file."""
-        return {} if self.gguf is None else {"gguf_file": self.gguf.file}
+    def where(self) -> dict[str, Any]:
+        """What transformers is told of where the model is."""
+        found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **self.local}
+        return found if self.gguf is None else found | {"gguf_file": self.gguf.file}
 
 
 def plan(
@@ -127,6 +131,8 @@ def plan(
 def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = None, **where: Any) -> Checkpoint:
     """What a model says about itself; `gguf` as in `nblens.load`, `where` its revision and whether its code is trusted.
 
+    Of a name on the Hub that cannot be reached the copy on this machine is taken.
+
     Raises
     ------
     UserError
@@ -134,12 +140,13 @@ def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = Non
     """
     found = find_gguf(model, gguf, where.get("revision"))
     if found is None:
-        name = DEMO_MODEL if model is None else os.fspath(model)
-        return Checkpoint(name, read_config(model, **where), source_of(model), **where)
+        name, source = DEMO_MODEL if model is None else os.fspath(model), source_of(model)
+        local = {} if model is None else hub_or_cache(source, revision=where.get("revision"))
+        return Checkpoint(name, read_config(model, **where, **local), source, **where, local=local)
     name = os.path.join(os.fspath(model or ""), gguf) if gguf else os.fspath(model or "")
     with read_by_libraries(name):
-        config = read_config(found.source, gguf_file=found.file, **where)
-    return Checkpoint(name, config, found.source, **where, gguf=found)
+        config = read_config(found.source, gguf_file=found.file, **where, **found.local)
+    return Checkpoint(name, config, found.source, **where, local=found.local, gguf=found)
 
 
 def plan_of(
