@@ -38,12 +38,11 @@ from nblens.planning.checkpoint import (
     check_token_ids,
     has_adapter,
     read_by_libraries,
-    read_config,
-    source_of,
 )
 from nblens.planning.devices import is_description, limits_here
+from nblens.planning.gguf_checkpoint import is_gguf, plain_model
 from nblens.planning.plan import Plan
-from nblens.planning.planner import Checkpoint, named_dtype, plan_of
+from nblens.planning.planner import Checkpoint, find_checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.session import Renewed, Session
 from nblens.text import byte_size
@@ -65,6 +64,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
+    gguf: str | None = None,
     dtype: str | torch.dtype = "auto",
     devices: str | Mapping[str, Any] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -91,9 +91,12 @@ def load(
     Parameters
     ----------
     model : str or os.PathLike, optional
-        A Hugging Face model id or a folder. None: the small model that comes with nblens.
+        A Hugging Face model id, a folder, or a GGUF file. None: the small model that comes with nblens.
     revision : str, optional
         Branch, tag or commit of the model.
+    gguf : str, optional
+        The GGUF file to take of a model's folder or of its files on the Hub. Its weights are dequantised, and its
+        tokenizer and chat template used. Needs ``pip install "nblens[gguf]"``.
     dtype : str or torch.dtype
         "auto": the checkpoint's own on a GPU, float32 on a CPU.
     devices : str or mapping
@@ -137,12 +140,15 @@ def load(
     from transformers import AutoTokenizer
 
     began = time.perf_counter()
-    source, name = source_of(model), DEMO_MODEL if model is None else os.fspath(model)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = read_config(model, **where)
-    with read_by_libraries(model):
+    if is_gguf(model, gguf):
+        _check_gguf(tp > 1 or pp > 1 or ep > 1, offload_dir, quantization)
+    checkpoint = find_checkpoint(model, gguf, revision=revision, trust_remote_code=trust_remote_code)
+    where = checkpoint.where
+    source, name, config = checkpoint.source or "", checkpoint.name, checkpoint.config
+    with read_by_libraries(None if model is None else name):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    check_files(source, config)
+    if checkpoint.gguf is None:
+        check_files(source, config)
     tp = tensor_ranks(tp, ep)
     check_parallel(config, tp=tp, pp=pp, ep=ep)
     spread = tp > 1 or pp > 1
@@ -150,7 +156,6 @@ def load(
         placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
         _check_spread(spread, **placed, quantization=quantization, keep=keep and _is_spread(_loaded_before()))
     setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
-    checkpoint = Checkpoint(name, config, source, **where)
     if spread:
         if _runs_here(ray):
             _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
@@ -345,7 +350,17 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]):
         # transformers would fill them with random numbers
         raise UserError(f"cannot load {name!r}: its files lack {len(missing)} of its weights, such as {missing[0]}")
-    return model
+    return plain_model(model) if "gguf_file" in options else model
+
+
+def _check_gguf(spread: bool, offload_dir: str | None, quantization: str | None) -> None:
+    """Refuse what transformers cannot do with a GGUF file."""
+    refused = {"tp and pp": spread, "offload_dir": offload_dir, "quantization": quantization}
+    if given := [option for option, value in refused.items() if value]:
+        raise UserError(
+            f"{given[0]} cannot be given with a GGUF file, which is dequantised as a whole; load it, save it with "
+            "session.model.save_pretrained(folder) and session.tokenizer.save_pretrained(folder), and load the folder"
+        )
 
 
 def _is_spread(session: Session | None) -> bool:
