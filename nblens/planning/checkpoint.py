@@ -109,11 +109,11 @@ def hub_or_cache(source: str, file: str = "config.json", revision: str | None = 
 
 def _unreachable(endpoint: str) -> str:
     """Why nobody answers there; empty where somebody does."""
-    import httpx  # the Hub's own library asks by it, through the same proxies
+    from huggingface_hub import get_session
 
     try:
-        httpx.head(endpoint, timeout=_HUB_SECONDS)
-    except httpx.HTTPError as error:
+        get_session().head(endpoint, timeout=_HUB_SECONDS)
+    except Exception as error:  # of whichever library the Hub's own asks by
         return f"{endpoint}: {first_line(error)}"
     return ""
 

@@ -140,7 +140,8 @@ def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = Non
     """
     found = find_gguf(model, gguf, where.get("revision"))
     if found is None:
-        name, source = DEMO_MODEL if model is None else os.fspath(model), source_of(model)
+        source = source_of(model)
+        name = DEMO_MODEL if model is None else os.fspath(model)
         local = {} if model is None else hub_or_cache(source, revision=where.get("revision"))
         return Checkpoint(name, read_config(model, **where, **local), source, **where, local=local)
     name = os.path.join(os.fspath(model or ""), gguf) if gguf else os.fspath(model or "")

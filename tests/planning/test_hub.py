@@ -1,8 +1,9 @@
 """A name on the Hub without the Hub: the copy on this machine, or one line at once."""
 
 import time
+from types import SimpleNamespace
 
-import httpx
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from tiny_models import tiny_model, tiny_tokenizer
@@ -21,9 +22,9 @@ def asked(monkeypatch, tmp_path):
 
     def head(url, **options):
         calls.append((url, options))
-        raise httpx.ConnectError("[Errno -2] Name or service not known")
+        raise ConnectionError("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr(httpx, "head", head)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return calls
@@ -60,7 +61,8 @@ def test_a_copy_on_this_machine_is_taken_without_another_try(asked, tmp_path, mo
     assert checkpoint.hub_or_cache("some-org/some-model") == {"local_files_only": True}
     with pytest.raises(UserError, match="it is not on this machine"):
         checkpoint.hub_or_cache("some-org/some-model", revision="other")
-    monkeypatch.setattr(httpx, "head", lambda url, **options: None)
+    answering = SimpleNamespace(head=lambda url, **options: None)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: answering)
     assert checkpoint.hub_or_cache("some-org/some-model") == {}
 
 

@@ -234,7 +234,8 @@ def _load() -> MagicParser:
         "%load_sharded",
         usage="%load_sharded [MODEL] [options]",
         description="Load a causal language model onto the devices there are, for the whole session.\n"
-        "MODEL is a Hugging Face id, a folder or a GGUF file; without it, the small model that comes with nblens.",
+        "MODEL is a Hugging Face id, a folder or a GGUF file; without it, the small model that comes\n"
+        "with nblens.",
         examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n"
         "  %load_sharded meta-llama/Llama-3.1-70B --plan --max-memory 0=80GiB --max-memory 1=80GiB\n"
         "  %load_sharded meta-llama/Llama-3.1-70B --tp 8\n  %load_sharded --status",
