@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
@@ -135,3 +136,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for family, outcome in found.items():
             if status != "proven":
                 terminalreporter.write_line(f"    {family}: {first_line(outcome.reason)}")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A cluster of this machine, to which backends connect without owning it."""
+    ray = pytest.importorskip("ray")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # four ranks of a test, beside two that its file keeps
+        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

@@ -106,6 +106,12 @@ def _checked(source: str, file: str, local: dict[str, Any], path: Path) -> GgufC
         )
     if _value(reader, "general.architecture") is None or not reader.tensors:
         raise ValueError("it holds no model (no general.architecture, or no tensors)")
+    scaling = _value(reader, f"{_value(reader, 'general.architecture')}.rope.scaling.type")
+    if scaling not in (None, "none") or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
+        raise ValueError(
+            "its rotary frequencies are scaled, which transformers would leave out without a word; take a copy with "
+            "*.safetensors"
+        )
     if taken := {tensor.tensor_type for tensor in reader.tensors if not _can_dequantize(tensor.tensor_type)}:
         names = ", ".join(sorted(kind.name for kind in taken))
         raise ValueError(f"tensors stored as {names} cannot be dequantised by the gguf package; take another file")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,19 +23,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_moe": ("qwen3_moe", {}),
 }
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """A cluster of this machine, to which backends connect without owning it."""
-    ray = pytest.importorskip("ray")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # four ranks of a test, beside two that its file keeps
-        ray.init("local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

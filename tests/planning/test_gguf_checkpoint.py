@@ -36,7 +36,7 @@ def interleaved(weight, n_heads):
     return weight.reshape(n_heads, 2, out // n_heads // 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def written(path, model, *, stored=Q8, architecture="llama", parts=None):
+def written(path, model, *, stored=Q8, architecture="llama", parts=None, scaled=None):
     """A file of a llama, quantized; gives the weights that a reader of it has."""
     config, tokenizer = model.config, tiny_tokenizer()
     writer = gguf.GGUFWriter(path, architecture)
@@ -52,6 +52,10 @@ def written(path, model, *, stored=Q8, architecture="llama", parts=None):
     writer.add_chat_template(TEMPLATE)
     if parts is not None:
         writer.add_uint16("split.count", parts)
+    if scaled == "factors":
+        writer.add_tensor("rope_freqs.weight", np.ones(4, np.float32))
+    elif scaled is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaled))
     tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token or f"<unused{i}>" for i, token in enumerate(tokens)])
@@ -151,6 +155,9 @@ def test_what_cannot_be_taken_is_one_line_while_the_model_before_is_kept(model, 
         assert refused(tmp_path / f"{name}.gguf").startswith(f"cannot load '{tmp_path}/{name}.gguf': ")
     written(tmp_path / "part.gguf", model, parts=3)
     assert "it is one of 3 parts" in refused(tmp_path / "part.gguf")
+    for scaled in ("factors", "yarn", "linear"):
+        written(tmp_path / "scaled.gguf", model, scaled=scaled)
+        assert "its rotary frequencies are scaled" in refused(tmp_path / "scaled.gguf")
     written(tmp_path / "other.gguf", model, architecture="nosucharchitecture")
     assert "nosucharchitecture" in refused(tmp_path / "other.gguf")
     assert "there is no such file" in refused(tmp_path / "gone.gguf")

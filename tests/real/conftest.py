@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.conftest import cluster
 from real_model import FILE, NotFoundError, real_model
 from transformers import PreTrainedModel
 
 import nblens
 from nblens import loading
-
-__all__ = ["cluster"]
 
 
 @pytest.fixture(scope="session")

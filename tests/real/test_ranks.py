@@ -6,7 +6,7 @@ from distributed.test_ranks_agree import close, same_generation
 import nblens
 from nblens import loading
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 PROMPTS = ["The capital of France is", "Hello"]
 
