@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from nblens.errors import UserError
+from nblens.errors import UserError, warn_caller
 from nblens.evaluation.doses import Dose
 from nblens.evaluation.layer_choice import LayerChoice, choose_layer, split
 from nblens.evaluation.measurement import Measurement
@@ -173,11 +172,9 @@ class Evaluation:
         if not ids or is_reached(written, [neutral_text(one, self._n_blocks) for one in ids]):
             return ids
         if told:
-            warnings.warn(
+            warn_caller(
                 f"what is written at {dose.write!r} reaches no neutral text (of {max(map(len, ids))} tokens at most): "
-                "nothing is said of what steering costs; give longer ones as neutral=[…]",
-                RuntimeWarning,
-                stacklevel=4,
+                "nothing is said of what steering costs; give longer ones as neutral=[…]"
             )
         return []
 

@@ -39,39 +39,43 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
     if not text:
         raise UserError("a target is empty; give the text of one token, or its id")
     check_characters("a target", text)
-    token_id = _as_one_token(tokenizer, text)
+    texts = TokenTexts(tokenizer)
+    token_id = _as_one_token(tokenizer, text, texts)
     if token_id is None:
-        raise UserError(_no_target(tokenizer, text))
+        raise UserError(_no_target(tokenizer, text, texts))
     if token_id >= vocab_size:
         raise UserError(beyond_vocabulary("a target is", tokenizer, token_id, vocab_size))
     return token_id
 
 
-def _as_one_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+def _as_one_token(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts) -> int | None:
     """The token that a text is, None where it is not one; what the vocabulary lacks is none."""
     unknown = tokenizer.unk_token_id
-    for found in _candidates(tokenizer, text):
+    for found in _candidates(tokenizer, text, texts):
         if len(found) == 1 and (found[0] != unknown or text == tokenizer.unk_token):
             return found[0]
     return None
 
 
-def _candidates(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Sequence[int]]:
+def _candidates(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts) -> Iterator[Sequence[int]]:
     def tokens(text: str) -> tuple[int, ...]:
         return tokenize(tokenizer, text, special=False, most=1).ids
 
-    if not tokenize(tokenizer, text, special=False, most=1).whole:
+    given = tokenize(tokenizer, text, special=False, most=1)
+    if not given.whole:
         return
-    if tokens(text.lstrip(" ")) or not text.strip(" "):  # of what a tokenizer drops, the space before it is no target
-        for spelling in (text, f" {text}", text.lstrip(" ")):
-            yield tokens(spelling)
-    if (part := shown_bytes(text)) is not None and (named := TokenTexts(tokenizer).token_of(part)) is not None:
+    bare = tokens(text.lstrip(" "))
+    if bare or not text.strip(" "):  # of what a tokenizer drops, the space before it is no target
+        yield given.ids
+        yield tokens(f" {text}")
+        yield bare
+    if (part := shown_bytes(text)) is not None and (named := texts.token_of(part)) is not None:
         yield (named,)
     entry = tokenizer.convert_tokens_to_ids(text)
     if (
         isinstance(entry, int)
         and tokenizer.convert_ids_to_tokens(entry) == text
-        and not _is_letter_of_bytes(tokenizer, entry)
+        and not _is_letter_of_bytes(tokenizer, entry, texts)
     ):
         yield (entry,)
     for anchor in _ANCHORS:
@@ -80,13 +84,13 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Seque
             yield whole[len(before) :]
 
 
-def _is_letter_of_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bool:
+def _is_letter_of_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int, texts: TokenTexts) -> bool:
     """Whether an entry's letters stand for part of another character, as `Ã` for a byte of `é` at byte level."""
-    part = TokenTexts(tokenizer).bytes_of(token_id)
+    part = texts.bytes_of(token_id)
     return part is not None and len(part) == len(str(tokenizer.convert_ids_to_tokens(token_id)))
 
 
-def _no_target(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def _no_target(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts) -> str:
     """Say what a text is instead of one token; what is offered can be given as it stands."""
     tokenized = tokenize(tokenizer, text, special=False, most=1)
     ids, pieces = tokenized.ids, tokenizer.convert_ids_to_tokens(list(tokenized.ids[:_MOST_PIECES]))
@@ -94,7 +98,7 @@ def _no_target(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         return f"target {shown(text)} is no token: this model's tokenizer drops it; give another, or an id"
     if set(ids) == {tokenizer.unk_token_id}:
         return f"target {shown(text)} is not in this model's vocabulary; give another, or an id"
-    offered = [_offered(tokenizer, *token) for token in zip(ids, pieces, strict=False)]
+    offered = [_offered(tokenizer, *token, texts) for token in zip(ids, pieces, strict=False)]
     if len(ids) > _MOST_PIECES:
         offered.append("…")
     count = len(ids) if tokenized.whole else f"{len(ids)} or more"
@@ -103,8 +107,8 @@ def _no_target(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     )
 
 
-def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str) -> str:
+def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str, texts: TokenTexts) -> str:
     """A token as it can be given: by its entry or its bytes where those mean this very token."""
-    if TokenTexts(tokenizer).bytes_of(token_id) is not None:
-        piece = TokenTexts(tokenizer)(token_id)
-    return shown(piece) if _as_one_token(tokenizer, piece) == token_id else f"{token_id} for {shown(piece)}"
+    if texts.bytes_of(token_id) is not None:
+        piece = texts(token_id)
+    return shown(piece) if _as_one_token(tokenizer, piece, texts) == token_id else f"{token_id} for {shown(piece)}"

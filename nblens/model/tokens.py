@@ -379,7 +379,7 @@ class TokenTexts:
 
     def _text(self, token_id: int) -> str:
         text = self._behind_anchor(token_id)
-        if (part := self.bytes_of(token_id)) is not None:
+        if _REPLACEMENT in text and (part := self.bytes_of(token_id)) is not None:
             return bytes_shown(part)
         if not text or _REPLACEMENT in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"⟨{token_id}⟩")

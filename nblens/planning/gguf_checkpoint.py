@@ -13,7 +13,7 @@ import torch
 
 from nblens.errors import UserError
 from nblens.gguf_reader import gguf_library, gguf_reader
-from nblens.planning.checkpoint import Headers, hub_or_cache, read_by_libraries
+from nblens.planning.checkpoint import hub_or_cache, read_by_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,15 +32,8 @@ class GgufCheckpoint:
     file: str
     local: dict[str, Any]
     """as in `Checkpoint`"""
-    headers: Headers
-    """of the tensors as they are stored"""
-    kinds: tuple[str, ...]
-    """GGUF's names of how they are stored, the most common first"""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the dequantised numbers are kept in on a GPU: of 16 bits, unless the file itself has more."""
-        return torch.float32 if self.kinds[:1] == ("F32",) else torch.bfloat16
+    dtype: torch.dtype
+    """what the dequantised numbers are kept in on a GPU: of 16 bits, unless the file itself has more"""
 
 
 def is_gguf(model: str | os.PathLike[str] | None, gguf: str | None) -> bool:
@@ -85,18 +78,17 @@ def _found(source: str, file: str, revision: str | None) -> GgufCheckpoint:
     from transformers.utils.hub import cached_file
 
     if Path(source).is_dir():
-        if not Path(source, file).is_file():
-            raise ValueError("there is no such file")
-        return _checked(source, file, {}, Path(source, file))
-    local = hub_or_cache(source, file, revision)
-    path = cached_file(source, file, revision=revision, **local)
-    if path is None:
+        local, path = {}, Path(source, file)
+    else:
+        local = hub_or_cache(source, file, revision)
+        path = Path(cached_file(source, file, revision=revision, **local) or file)
+    if not path.is_file():
         raise ValueError("there is no such file")
-    return _checked(source, file, local, Path(path))
+    return GgufCheckpoint(source, file, local, _checked_dtype(path))
 
 
-def _checked(source: str, file: str, local: dict[str, Any], path: Path) -> GgufCheckpoint:
-    """What a header says, unless transformers could not make a model of it."""
+def _checked_dtype(path: Path) -> torch.dtype:
+    """See `GgufCheckpoint.dtype`; a file that transformers could not make a model of is refused by its header."""
     reader = gguf_reader(path)
     parts = _value(reader, "split.count")
     if isinstance(parts, int) and parts > 1:
@@ -104,9 +96,10 @@ def _checked(source: str, file: str, local: dict[str, Any], path: Path) -> GgufC
             f"it is one of {parts} parts, and only a whole file can be read; join them with "
             "llama-gguf-split --merge FIRST_PART WHOLE"
         )
-    if _value(reader, "general.architecture") is None or not reader.tensors:
+    architecture = _value(reader, "general.architecture")
+    if architecture is None or not reader.tensors:
         raise ValueError("it holds no model (no general.architecture, or no tensors)")
-    scaling = _value(reader, f"{_value(reader, 'general.architecture')}.rope.scaling.type")
+    scaling = _value(reader, f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none") or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
         raise ValueError(
             "its rotary frequencies are scaled, which transformers would leave out without a word; take a copy with "
@@ -115,9 +108,8 @@ def _checked(source: str, file: str, local: dict[str, Any], path: Path) -> GgufC
     if taken := {tensor.tensor_type for tensor in reader.tensors if not _can_dequantize(tensor.tensor_type)}:
         names = ", ".join(sorted(kind.name for kind in taken))
         raise ValueError(f"tensors stored as {names} cannot be dequantised by the gguf package; take another file")
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors for _ in range(len(tensor.shape)))
-    headers = {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in reader.tensors}
-    return GgufCheckpoint(source, file, local, headers, tuple(kind for kind, _ in kinds.most_common()))
+    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+    return torch.float32 if [kind for kind, _ in kinds.most_common(1)] == ["F32"] else torch.bfloat16
 
 
 def _value(reader: Any, key: str) -> Any:

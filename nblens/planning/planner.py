@@ -18,7 +18,6 @@ from nblens.planning.checkpoint import (
     DEMO_MODEL,
     checkpoint_dtype,
     hub_or_cache,
-    read_by_libraries,
     read_config,
     read_headers,
     source_of,
@@ -145,8 +144,7 @@ def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = Non
         local = {} if model is None else hub_or_cache(source, revision=where.get("revision"))
         return Checkpoint(name, read_config(model, **where, **local), source, **where, local=local)
     name = os.path.join(os.fspath(model or ""), gguf) if gguf else os.fspath(model or "")
-    with read_by_libraries(name):
-        config = read_config(found.source, gguf_file=found.file, **where, **found.local)
+    config = read_config(found.source, gguf_file=found.file, **where, **found.local)
     return Checkpoint(name, config, found.source, **where, local=found.local, gguf=found)
 
 
