@@ -38,12 +38,11 @@ from nblens.planning.checkpoint import (
     check_token_ids,
     has_adapter,
     read_by_libraries,
-    read_config,
-    source_of,
 )
 from nblens.planning.devices import is_description, limits_here
+from nblens.planning.gguf_checkpoint import is_gguf, plain_model
 from nblens.planning.plan import Plan
-from nblens.planning.planner import Checkpoint, named_dtype, plan_of
+from nblens.planning.planner import Checkpoint, find_checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.session import Renewed, Session
 from nblens.text import byte_size
@@ -65,6 +64,7 @@ def load(
     model: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
+    gguf: str | None = None,
     dtype: str | torch.dtype = "auto",
     devices: str | Mapping[str, Any] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -91,9 +91,12 @@ def load(
     Parameters
     ----------
     model : str or os.PathLike, optional
-        A Hugging Face model id or a folder. None: the small model that comes with nblens.
+        A Hugging Face model id, a folder, or a GGUF file. None: the small model that comes with nblens.
     revision : str, optional
         Branch, tag or commit of the model.
+    gguf : str, optional
+        The GGUF file to take of a model's folder or of its files on the Hub. Its weights are dequantised, and its
+        tokenizer and chat template used. Needs ``pip install "nblens[gguf]"``.
     dtype : str or torch.dtype
         "auto": the checkpoint's own on a GPU, float32 on a CPU.
     devices : str or mapping
@@ -136,14 +139,16 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    global _loaded
     began = time.perf_counter()
-    source, name = source_of(model), DEMO_MODEL if model is None else os.fspath(model)
-    where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = read_config(model, **where)
-    with read_by_libraries(model):
+    if is_gguf(model, gguf):
+        _check_gguf(tp > 1 or pp > 1 or ep > 1, offload_dir, quantization)
+    checkpoint = find_checkpoint(model, gguf, revision=revision, trust_remote_code=trust_remote_code)
+    where = checkpoint.where
+    source, name, config = checkpoint.source or "", checkpoint.name, checkpoint.config
+    with read_by_libraries(None if model is None else name):
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-    check_files(source, config)
+    if checkpoint.gguf is None:
+        check_files(source, config)
     tp = tensor_ranks(tp, ep)
     check_parallel(config, tp=tp, pp=pp, ep=ep)
     spread = tp > 1 or pp > 1
@@ -151,7 +156,6 @@ def load(
         placed = {"devices": devices != "auto", "max_memory": max_memory, "offload_dir": offload_dir}
         _check_spread(spread, **placed, quantization=quantization, keep=keep and _is_spread(_loaded_before()))
     setting = Setting(dtype, quantization, tp=tp, pp=pp, disk=offload_dir is not None)
-    checkpoint = Checkpoint(name, config, source, **where)
     if spread:
         if _runs_here(ray):
             _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
@@ -165,8 +169,7 @@ def load(
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, **options, **where)
-        session = _adopt(hf_model, tokenizer, name=name, began=began)
-    _loaded = weakref.ref(session)
+        session = _adopt(hf_model, tokenizer, name=name, began=began, ours=True)
     if has_adapter(source):
         _logger.warning("%s holds an adapter (adapter_config.json) beside the model, which is loaded without it", name)
     if model is None:
@@ -204,7 +207,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
     """
     hf_model = uncompiled(hf_model)
     name = hf_model.config.name_or_path or type(hf_model).__name__
-    return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter())
+    return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter(), ours=False)
 
 
 def current() -> Session:
@@ -223,7 +226,9 @@ def current() -> Session:
     return _current
 
 
-def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float) -> Session:
+def _adopt(
+    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float, ours: bool
+) -> Session:
     check_config(hf_model.config)
     if (generation := getattr(hf_model, "generation_config", None)) is not None:
         check_token_ids(generation)
@@ -239,7 +244,8 @@ def _adopt(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, nam
             architecture=served.architecture,
             model=hf_model,
             renew=served.renewed,
-        )
+        ),
+        ours=ours,
     )
 
 
@@ -304,7 +310,7 @@ def _adopt_spread(
         make_room=lambda: _make_room(name, keep=keep),
     )
     placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
-    return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts))
+    return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts), ours=True)
 
 
 def _loaded_before() -> Session | None:
@@ -321,9 +327,12 @@ def _make_room(name: str, *, keep: bool) -> None:
         before.unload()
 
 
-def _make_current(session: Session) -> Session:
-    global _current
+def _make_current(session: Session, *, ours: bool) -> Session:
+    """Make a session the current one; `ours` to free when another model is loaded, and nobody else's."""
+    global _current, _loaded
     with _lock:
+        if ours:  # first: an interrupt that comes between leaves no model that nothing would free
+            _loaded = weakref.ref(session)
         before, _current = _current, session
     del before  # not under the lock: where nobody else holds it, this waits for its thread
     return session
@@ -341,7 +350,17 @@ def _read(source: str, name: str, **options: Any) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]):
         # transformers would fill them with random numbers
         raise UserError(f"cannot load {name!r}: its files lack {len(missing)} of its weights, such as {missing[0]}")
-    return model
+    return plain_model(model) if "gguf_file" in options else model
+
+
+def _check_gguf(spread: bool, offload_dir: str | None, quantization: str | None) -> None:
+    """Refuse what transformers cannot do with a GGUF file."""
+    refused = {"tp and pp": spread, "offload_dir": offload_dir, "quantization": quantization}
+    if given := [option for option, value in refused.items() if value]:
+        raise UserError(
+            f"{given[0]} cannot be given with a GGUF file, which is dequantised as a whole; load it, save it with "
+            "session.model.save_pretrained(folder) and session.tokenizer.save_pretrained(folder), and load the folder"
+        )
 
 
 def _is_spread(session: Session | None) -> bool:

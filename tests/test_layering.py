@@ -15,11 +15,12 @@ CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 # room → the rooms it may import. A room is a module or folder directly under nblens/; a new one is added here and in
 # CONTRIBUTING.md. `nblens` is the package's own __init__.py, which only offers names and is imported by nobody inside.
-GROUND = {"errors", "text", "files", "records", "stores", "layers", "specs", "background"}
+GROUND = {"errors", "text", "files", "gguf_reader", "records", "stores", "layers", "specs", "background"}
 COMPUTE = GROUND | {"model", "readout", "lens", "steering", "engine", "backends"}
 MAY_IMPORT = {
     "errors": set(),
     "files": {"errors", "text"},
+    "gguf_reader": {"errors"},
     "records": {"errors", "text", "files"},
     "stores": {"errors"},
     "layers": {"errors"},

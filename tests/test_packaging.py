@@ -140,6 +140,7 @@ def test_the_check_runs_what_binder_runs():
         "$headless",
         "${test%%&&*}",
         "mypy",
+        "python tests/real_model.py",
         "${test#*&&}",
     ]
     assert (ROOT / "binder" / "postBuild").stat().st_mode & 0o111

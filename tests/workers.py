@@ -9,10 +9,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "tests/browser/",
         "tests/distributed/",
         "tests/endurance/",
+        "tests/real/test_ranks.py",
         "tests/jupyter/magics/test_mistakes.py",
         "notebooks/05_larger_than_one_gpu.ipynb",
     ),
     "built-in model": ("tests/demo/",),
+    "real model": ("tests/real/",),
 }
 """Name → how the ids of its tests begin. Tests that start several processes would take the cores from each other and
 run out of patience; what the built-in model is judged by is measured once per worker.

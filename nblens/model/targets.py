@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from nblens.errors import UserError, shown
-from nblens.model.tokens import TokenTexts, beyond_vocabulary, check_characters, tokenize
+from nblens.model.tokens import TokenTexts, beyond_vocabulary, check_characters, shown_bytes, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,8 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
     """The id of a target given as an id or as text that is one token.
 
     Text is tried as given, then with a leading space, the form in which words stand inside a sentence, then without
-    one, since a SentencePiece tokenizer adds it by itself; then as an entry of the vocabulary, such as `▁the`, `##ing`
-    or `<0x0A>`, and as it stands in the midst of a text.
+    one, since a SentencePiece tokenizer adds it by itself; then as the bytes that ⟨E9⟩⟨82⟩ names, as an entry of the
+    vocabulary, such as `▁the`, `##ing` or `<0x0A>`, and as it stands in the midst of a text.
 
     Raises
     ------
@@ -65,6 +65,8 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Seque
     if tokens(text.lstrip(" ")) or not text.strip(" "):  # of what a tokenizer drops, the space before it is no target
         for spelling in (text, f" {text}", text.lstrip(" ")):
             yield tokens(spelling)
+    if (part := shown_bytes(text)) is not None and (named := TokenTexts(tokenizer).token_of(part)) is not None:
+        yield (named,)
     entry = tokenizer.convert_tokens_to_ids(text)
     if (
         isinstance(entry, int)
@@ -102,5 +104,7 @@ def _no_target(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str) -> str:
-    """A token as it can be given: by its entry where that means this very token."""
+    """A token as it can be given: by its entry or its bytes where those mean this very token."""
+    if TokenTexts(tokenizer).bytes_of(token_id) is not None:
+        piece = TokenTexts(tokenizer)(token_id)
     return shown(piece) if _as_one_token(tokenizer, piece) == token_id else f"{token_id} for {shown(piece)}"

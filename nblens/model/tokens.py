@@ -19,18 +19,21 @@ __all__ = [
     "TokenizedText",
     "as_prompts",
     "beyond_vocabulary",
+    "bytes_shown",
     "chat_text",
     "check_characters",
     "check_ids",
     "decoded",
     "encode",
     "n_shared",
+    "shown_bytes",
     "special_ids",
     "tokenize",
 ]
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_SHOWN_BYTE = re.compile(r"⟨([0-9A-F]{2})⟩")
 _CHARACTERS_PER_TOKEN = 8
 _UNSETTLED = 256  # tokens at the end of a cut text that may be others than in the whole
 _TAIL = 32  # tokens that settle how the next one is spelt
@@ -333,7 +336,7 @@ class TokenTexts:
     """The text of single tokens, as they stand inside a sentence (with their leading space).
 
     A tokenizer's `decode` of one id drops the space that SentencePiece puts at a text's start, so each is decoded
-    behind an anchor token. A token that holds part of a character shows as its vocabulary entry.
+    behind an anchor token. A token that holds part of a character shows the bytes of that part: ⟨E9⟩⟨82⟩.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -361,12 +364,23 @@ class TokenTexts:
         values = [_byte_letters().get(letter) for letter in piece]
         return None if None in values else bytes(value for value in values if value is not None)
 
+    def token_of(self, part: bytes) -> int | None:
+        """The token that holds these bytes of a character; None where there is none."""
+        letters = {byte: letter for letter, byte in _byte_letters().items()}
+        for entry in ("".join(letters[byte] for byte in part), "".join(f"<0x{byte:02X}>" for byte in part)):
+            token_id = self._tokenizer.convert_tokens_to_ids(entry)
+            if isinstance(token_id, int) and self.bytes_of(token_id) == part:
+                return token_id
+        return None
+
     def _find_anchor(self) -> tuple[list[int], str]:
         ids = list(tokenize(self._tokenizer, "a", special=False).ids)
         return ids, _decode(self._tokenizer, ids)
 
     def _text(self, token_id: int) -> str:
         text = self._behind_anchor(token_id)
+        if (part := self.bytes_of(token_id)) is not None:
+            return bytes_shown(part)
         if not text or _REPLACEMENT in text:
             return str(self._tokenizer.convert_ids_to_tokens(token_id) or f"⟨{token_id}⟩")
         return text
@@ -375,6 +389,28 @@ class TokenTexts:
         ids, prefix = self._anchor
         whole = _decode(self._tokenizer, [*ids, token_id])
         return whole.removeprefix(prefix) if whole.startswith(prefix) else _decode(self._tokenizer, [token_id])
+
+
+def bytes_shown(part: bytes) -> str:
+    """Text of bytes that need not be whole characters; what is none stands as hexadecimal numbers.
+
+    >>> bytes_shown(b"a\\xe9\\x82")
+    'a⟨E9⟩⟨82⟩'
+    """
+    text = part.decode(errors="surrogateescape")
+    return "".join(f"⟨{ord(c) - 0xDC00:02X}⟩" if "\udc80" <= c <= "\udcff" else c for c in text)
+
+
+def shown_bytes(text: str) -> bytes | None:
+    """The bytes that a text of the form ⟨E9⟩⟨82⟩ names; None where it names none.
+
+    >>> shown_bytes("a⟨E9⟩⟨82⟩"), shown_bytes("a")
+    (b'a\\xe9\\x82', None)
+    """
+    if not _SHOWN_BYTE.search(text):
+        return None
+    parts = _SHOWN_BYTE.split(text)  # text and numbers in turn
+    return b"".join(part.encode() if place % 2 == 0 else bytes([int(part, 16)]) for place, part in enumerate(parts))
 
 
 @cache

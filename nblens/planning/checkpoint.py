@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,7 @@ __all__ = [
     "check_token_ids",
     "checkpoint_dtype",
     "has_adapter",
+    "hub_or_cache",
     "read_by_libraries",
     "read_config",
     "read_headers",
@@ -49,6 +50,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SOUND = (".safetensors", ".safetensors.index.json")
 _DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError)
 """what a file of another form makes a library stumble over"""
+_HUB_SECONDS = 2.5
 _NETWORK = ("httpx", "requests", "urllib3")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -70,10 +72,60 @@ def source_of(model: str | os.PathLike[str] | None) -> str:
     return os.path.expanduser(os.fspath(model))
 
 
+def hub_or_cache(source: str, file: str = "config.json", revision: str | None = None) -> dict[str, Any]:
+    """Find out whether the Hub can be asked for a model; where not, what has libraries look on this machine alone.
+
+    They would try again for half a minute before they look there.
+
+    Parameters
+    ----------
+    source : str
+        A folder, or a name on the Hub.
+    file : str
+        What a copy on this machine has.
+    revision : str, optional
+        Branch, tag or commit.
+
+    Raises
+    ------
+    UserError
+        It is neither on this machine nor to be had.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(source).exists():
+        return {}
+    try:
+        copy = try_to_load_from_cache(source, file, revision=revision)
+    except HFValidationError:
+        raise UserError(f"cannot load {source!r}: there is no such folder, and it is no name on the Hub") from None
+    if not (reason := "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)):
+        return {}
+    if not isinstance(copy, str):
+        raise UserError(f"cannot load {source!r}: it is not on this machine, and the Hub cannot be asked ({reason})")
+    return {"local_files_only": True}
+
+
+def _unreachable(endpoint: str) -> str:
+    """Why nobody answers there; empty where somebody does."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=_HUB_SECONDS)
+    except Exception as error:  # of whichever library the Hub's own asks by
+        return f"{endpoint}: {first_line(error)}"
+    return ""
+
+
 def read_config(
-    model: str | os.PathLike[str] | None, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **more: Any,
 ) -> PreTrainedConfig:
-    """A model's configuration.
+    """A model's configuration; `more` as transformers takes it.
 
     Raises
     ------
@@ -87,10 +139,10 @@ def read_config(
     with read_by_libraries(model):
         try:
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                source, revision=revision, trust_remote_code=trust_remote_code
+                source, revision=revision, trust_remote_code=trust_remote_code, **more
             )
         except (OSError, ValueError) as error:
-            if base := _base_of_adapter(source, revision):
+            if base := _base_of_adapter(source, revision, more):
                 raise UserError(
                     f"cannot load {str(model)!r}: it is an adapter of {base}, not a model; merge it into that one "
                     "first (merge_and_unload() in peft), and load or attach what comes of it"
@@ -174,12 +226,13 @@ def has_adapter(source: str) -> bool:
     return (Path(source) / _ADAPTER).is_file()
 
 
-def _base_of_adapter(source: str, revision: str | None) -> str:
+def _base_of_adapter(source: str, revision: str | None, more: Mapping[str, Any]) -> str:
     """What the adapter in a folder without a model, or on the Hub, was made for; empty where there is none."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     with suppress(OSError, ValueError, TypeError):
-        file = find_adapter_config_file(source, revision=revision)
+        local = bool(more.get("local_files_only"))
+        file = find_adapter_config_file(source, revision=revision, local_files_only=local)
         if file is not None and not (Path(source) / "config.json").exists():
             base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
             return shown(base) if base else "another model"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,17 @@ from nblens.errors import UserError
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.quantization import find_quantization
 from nblens.planning.blueprint import Blueprint, draw_blueprint
-from nblens.planning.checkpoint import DEMO_MODEL, checkpoint_dtype, read_config, read_headers, source_of
+from nblens.planning.checkpoint import (
+    DEMO_MODEL,
+    checkpoint_dtype,
+    hub_or_cache,
+    read_by_libraries,
+    read_config,
+    read_headers,
+    source_of,
+)
 from nblens.planning.devices import Limits, accelerators, described_limits, is_description, limits_here
+from nblens.planning.gguf_checkpoint import GgufCheckpoint, find_gguf
 from nblens.planning.plan import Plan
 from nblens.planning.proposals import proposals_for
 from nblens.planning.sharing import Setting, device_plans, infer_device_map
@@ -23,7 +32,7 @@ from nblens.planning.sharing import Setting, device_plans, infer_device_map
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["DEFAULT_CONTEXT", "Checkpoint", "named_dtype", "plan", "plan_of"]
+__all__ = ["DEFAULT_CONTEXT", "Checkpoint", "find_checkpoint", "named_dtype", "plan", "plan_of"]
 
 DEFAULT_CONTEXT = 2048
 """tokens that there must be room for where nobody says"""
@@ -39,6 +48,16 @@ class Checkpoint:
     """where its files are; None: only its configuration is known"""
     revision: str | None = None
     trust_remote_code: bool = False
+    local: Mapping[str, Any] = field(default_factory=dict)
+    """what has libraries look on this machine alone, where the Hub cannot be reached"""
+    gguf: GgufCheckpoint | None = None
+    """the file of it that is taken"""
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What transformers is told of where the model is."""
+        found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **self.local}
+        return found if self.gguf is None else found | {"gguf_file": self.gguf.file}
 
 
 def plan(
@@ -56,6 +75,7 @@ def plan(
     batch: int = 1,
     propose: bool = True,
     revision: str | None = None,
+    gguf: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Tell what a model would put on each device, and whether it fits, without reading weights.
@@ -75,7 +95,7 @@ def plan(
         Such a description, too: ``{0: "80GiB", "cpu": "200GiB"}``. Without either, what is free here.
     tp, pp, ep : int
         Ranks of tensor, pipeline and expert parallelism. All 1: one process, blocks over the devices.
-    dtype, quantization, offload_dir, revision, trust_remote_code
+    dtype, quantization, offload_dir, revision, gguf, trust_remote_code
         As `nblens.load` takes them.
     context : int, optional
         Tokens in each row, prompt and generated together. Default: 2048, or what the model was made for.
@@ -94,9 +114,7 @@ def plan(
     config: Any = model
     if not hasattr(model, "get_text_config"):  # no configuration
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = read_config(model, **where)
-        name = DEMO_MODEL if model is None else os.fspath(model)
-        checkpoint = Checkpoint(name, config, source_of(model), **where)
+        checkpoint = find_checkpoint(model, gguf, **where)
     else:
         checkpoint = Checkpoint(config.name_or_path or config.model_type, config, None)
     if is_description(devices):
@@ -108,6 +126,28 @@ def plan(
     check_parallel(checkpoint.config, tp=tensor_ranks(tp, ep), pp=pp, ep=ep)  # experts cut or whole: as many bytes
     setting = Setting(dtype, quantization, tensor_ranks(tp, ep), pp, context, batch, offload_dir is not None)
     return plan_of(checkpoint, limits, setting, device_map, propose=propose)
+
+
+def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = None, **where: Any) -> Checkpoint:
+    """What a model says about itself; `gguf` as in `nblens.load`, `where` its revision and whether its code is trusted.
+
+    Of a name on the Hub that cannot be reached the copy on this machine is taken.
+
+    Raises
+    ------
+    UserError
+        There is no such model, or it cannot be taken.
+    """
+    found = find_gguf(model, gguf, where.get("revision"))
+    if found is None:
+        source = source_of(model)
+        name = DEMO_MODEL if model is None else os.fspath(model)
+        local = {} if model is None else hub_or_cache(source, revision=where.get("revision"))
+        return Checkpoint(name, read_config(model, **where, **local), source, **where, local=local)
+    name = os.path.join(os.fspath(model or ""), gguf) if gguf else os.fspath(model or "")
+    with read_by_libraries(name):
+        config = read_config(found.source, gguf_file=found.file, **where, **found.local)
+    return Checkpoint(name, config, found.source, **where, local=found.local, gguf=found)
 
 
 def plan_of(
@@ -161,6 +201,8 @@ def _dtype(checkpoint: Checkpoint, dtype: str | torch.dtype, limits: Limits) -> 
         return named_dtype(dtype)
     if not accelerators(limits):
         return torch.float32
+    if checkpoint.gguf is not None:
+        return checkpoint.gguf.dtype
     config = checkpoint.config
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
     return checkpoint_dtype(config, None if named is not None else _headers(checkpoint))

@@ -25,13 +25,13 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from nblens.errors import FileFormatError, UserError, first_line
+from nblens.errors import FileFormatError, first_line
 from nblens.files import plain_file, replace_file
+from nblens.gguf_reader import gguf_library, gguf_reader
 from nblens.text import byte_size
 
 __all__ = ["ControlVector", "model_family", "read_control_vector", "write_control_vector"]
@@ -61,7 +61,7 @@ class ControlVector:
 
 def write_control_vector(path: str | os.PathLike[str], vector: ControlVector) -> Path:
     """Write to GGUF in one step: a reader sees the old file or the new one."""
-    gguf = _library()
+    gguf = gguf_library()
     fields = json.dumps(vector.fields)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / "draft.gguf"
@@ -89,11 +89,11 @@ def read_control_vector(path: str | os.PathLike[str]) -> ControlVector:
     FileFormatError
         The file is damaged, or is no control vector.
     """
-    gguf = _library()
+    gguf = gguf_library()
     with plain_file("read", path) as path:
         try:
             with np.errstate(over="raise"):
-                return _read(_bounded()(path), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
+                return _read(gguf_reader(path, _MOST_VALUES), gguf.GGUFValueType, gguf.GGMLQuantizationType.F32)
         except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # gguf passes on whatever a damaged file makes it stumble over
@@ -157,29 +157,3 @@ def _digest(directions: Mapping[int, np.ndarray], fields: str) -> str:
         content.update(f"\n{block}:{len(direction)}\n".encode())
         content.update(direction.astype("<f4").tobytes())
     return content.hexdigest()
-
-
-def _bounded() -> type:
-    """Make a reader that refuses what the library's own takes: any declared size, and reading on past the end."""
-    from gguf import GGUFReader
-
-    class Reader(GGUFReader):
-        n_values = 0
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **kwargs: Any) -> np.ndarray:
-            self.n_values += 1
-            if self.n_values > _MOST_VALUES:
-                raise ValueError(f"its header holds more than {_MOST_VALUES} values, as a whole model's does")
-            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError(f"it ends after {len(self.data)} bytes, before what it declares")
-            return super()._get(offset, dtype, count, *args, **kwargs)
-
-    return Reader
-
-
-def _library() -> ModuleType:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError(f"GGUF files need the gguf package: pip install nblens[gguf] ({first_line(error)})") from error
-    return gguf

@@ -425,11 +425,12 @@ def test_nothing_stays_behind_on_the_page(show, page):
 
 def test_a_run_in_the_background_has_a_stop_button(show):
     grid = LiveGrid(made_up(3, 4))
-    grid._run = SimpleNamespace(stopping=False)
+    stopped = []
+    grid._run = SimpleNamespace(stop=lambda: stopped.append(True))
     shown = show(grid)
     shown.page.get_by_role("button", name="stop the run").click()
     shown.flush()
-    assert grid._run.stopping
+    assert stopped == [True]
     grid._running = False
     shown.page.get_by_role("button", name="stop the run").wait_for(state="hidden")
 

@@ -24,9 +24,10 @@ PARIS = "print(nblens.current().generate('The capital of France is', 2).text)"
 LOAD = "session = nblens.load(tp=2); " + PARIS
 
 KERNEL = """
-import io, json, sys
+import io, json, signal, sys
 from contextlib import redirect_stdout
 scope = {}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have turned it off
 for line in sys.stdin:
     said = io.StringIO()
     with redirect_stdout(said):
@@ -80,6 +81,15 @@ class Kernel:
         return Path(re.search(r"(/\S*/nb[^/]*)/r/session_", command).group(1))
 
 
+def load(kernel):
+    """Load the built-in model over two ranks; Ray itself gives up after 30 s, which a busy machine may need."""
+    for _ in range(3):
+        said = kernel.run(LOAD)
+        if "timed out during startup" not in said:
+            break
+    assert said == " Paris."
+
+
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory):
     kernel = Kernel(tmp_path_factory.mktemp("home"))
@@ -92,7 +102,7 @@ def kernel(tmp_path_factory):
             mine.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE))
         threading.Thread(target=begin).start()
     """)
-    assert kernel.run(LOAD) == " Paris."
+    load(kernel)
     yield kernel
     kernel.process.kill()
     kernel.process.communicate()
@@ -102,7 +112,7 @@ def kernel(tmp_path_factory):
 def loaded(kernel):
     """The kernel with a model: loaded again where the test before lost it."""
     if kernel.run("print(nblens.loading._current.backend is None or nblens.current().backend.lost)") != "None":
-        assert kernel.run(LOAD) == " Paris."
+        load(kernel)
     return kernel
 
 

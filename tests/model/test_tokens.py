@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nblens.errors import UserError
 from nblens.model.targets import single_token
-from nblens.model.tokens import TokenTexts, as_prompts, encode
+from nblens.model.tokens import TokenTexts, as_prompts, bytes_shown, encode, shown_bytes
 
 
 @cache
@@ -88,20 +88,35 @@ def test_byte_level_tokens_keep_the_space_that_leads_them():
     assert texts_of(tokenizer, "he the") == ("he", " the")
 
 
-def test_part_of_a_character_shows_as_its_vocabulary_entry_and_never_as_a_replacement():
+def test_part_of_a_character_shows_as_its_bytes_and_never_as_another_letter():
     tokenizer = byte_tokenizer()
     ids = tokenizer("é😀")["input_ids"]
     assert len(ids) == 6
-    assert TokenTexts(tokenizer).all(ids) == tuple(tokenizer.convert_ids_to_tokens(ids))
+    assert TokenTexts(tokenizer).all(ids) == tuple(f"⟨{byte:02X}⟩" for byte in "é😀".encode())
     every = TokenTexts(tokenizer).all(range(len(tokenizer)))
     assert all(text and "\N{REPLACEMENT CHARACTER}" not in text for text in every)
     assert len(set(every)) == len(tokenizer)
 
 
-def test_a_byte_of_sentence_piece_shows_as_its_vocabulary_entry():
+def test_bytes_and_their_text_are_each_others():
+    for part in (b"\xe9", b"\xe9\x82", b" a\xf0\x9f", b"\xa3", "é".encode() + b"\xc3", b"\xff\x00"):
+        assert shown_bytes(bytes_shown(part)) == part
+        assert not set(bytes_shown(part)) & set("Ãâéð") - set("é")
+    assert shown_bytes("plain ⟨x⟩") is None
+
+
+def test_a_byte_is_found_by_what_is_shown_of_it():
+    for tokenizer in (byte_tokenizer(), sentence_piece_tokenizer()):
+        texts = TokenTexts(tokenizer)
+        for token_id in range(len(tokenizer)):
+            if texts.bytes_of(token_id) is not None:
+                assert single_token(tokenizer, texts(token_id), len(tokenizer)) == token_id
+
+
+def test_a_byte_of_sentence_piece_shows_as_a_byte():
     tokenizer = sentence_piece_tokenizer()
     ids = tokenizer("é", add_special_tokens=False)["input_ids"]
-    assert TokenTexts(tokenizer).all(ids)[-2:] == ("<0xC3>", "<0xA9>")
+    assert TokenTexts(tokenizer).all(ids)[-2:] == ("⟨C3⟩", "⟨A9⟩")
 
 
 def test_special_tokens_show_by_name():

@@ -303,7 +303,7 @@ def test_without_the_package_one_is_told_to_install_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_gguf)
     for attempt in (lambda: SteeringVector.load(path), lambda: vector().save(tmp_path / "w.gguf")):
-        with pytest.raises(UserError, match=r"need the gguf package: pip install nblens\[gguf\]") as caught:
+        with pytest.raises(UserError, match=r'need the gguf package: pip install "nblens\[gguf\]"') as caught:
             attempt()
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]

@@ -234,7 +234,8 @@ def _load() -> MagicParser:
         "%load_sharded",
         usage="%load_sharded [MODEL] [options]",
         description="Load a causal language model onto the devices there are, for the whole session.\n"
-        "MODEL is a Hugging Face id or a folder; without it, the small model that comes with nblens.",
+        "MODEL is a Hugging Face id, a folder or a GGUF file; without it, the small model that comes\n"
+        "with nblens.",
         examples="  %load_sharded\n  %load_sharded meta-llama/Llama-3.1-8B --dtype bfloat16\n"
         "  %load_sharded meta-llama/Llama-3.1-70B --plan --max-memory 0=80GiB --max-memory 1=80GiB\n"
         "  %load_sharded meta-llama/Llama-3.1-70B --tp 8\n  %load_sharded --status",
@@ -259,6 +260,7 @@ def _load() -> MagicParser:
     parser.add_argument("--plan", action="store_true", help="only tell what would go where, and whether it fits")
     parser.add_argument("--context", type=int, metavar="N", help="with --plan: tokens in each row (default: 2048)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="with --plan: rows (default: 1)")
+    parser.add_argument("--gguf", metavar="FILE", help="the GGUF file to take of a folder or of a model on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--keep", action="store_true", help="keep the model that was loaded before, beside this one")

@@ -139,6 +139,7 @@ class NblensMagics(Magics):
         model = options.words[0] if options.words else None
         request = {
             "revision": options.revision,
+            "gguf": options.gguf,
             "dtype": options.dtype,
             "devices": options.devices,
             "max_memory": dict(options.max_memory) if options.max_memory else None,
