@@ -245,6 +245,8 @@ def listed(what: str, values: Any, most: int = _MOST) -> list[Any]:
         There are no values in it, or they do not end.
     """
     try:
+        if isinstance(values, (str, bytes, bytearray)):  # they would be taken apart, bytes as numbers
+            raise TypeError
         items = list(islice(values, most + 1))
     except TypeError:
         raise UserError(f"{what} must be a list, got {shown(values)}") from None

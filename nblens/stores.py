@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 from nblens.errors import UnknownNameError
 
 __all__ = ["NamedStore"]
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 class NamedStore(MutableMapping[str, T]):
     """A mapping of names to values; whoever iterates sees it as it was at the beginning, whatever others do meanwhile.
 
     What is inside is never changed: a change puts another dict in its place, under a lock that only writers take.
+    `items()` and `values()` are of one moment; ``dict(store)`` asks for one name after the other, as Python does.
     """
 
     def __init__(self) -> None:
@@ -55,6 +57,31 @@ class NamedStore(MutableMapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    @overload
+    def pop(self, name: str, /) -> T: ...
+    @overload
+    def pop(self, name: str, /, default: T | D) -> T | D: ...
+    def pop(self, name: str, /, *default: Any, **named: Any) -> Any:
+        """Take a value out; of several threads one gets it, the others get `default`."""
+        with self._writing:
+            return super().pop(name, *default, **named)
+
+    def popitem(self) -> tuple[str, T]:
+        """Take out any one value, with its name."""
+        with self._writing:
+            return super().popitem()
+
+    def clear(self) -> None:
+        """Take out all values that are there now."""
+        with self._writing:
+            super().clear()
+
+    def setdefault(self, name: str, default: Any = None) -> T:
+        """Return the value of a name, with `default` put in where there is none."""
+        with self._writing:
+            super().setdefault(name, default)
+            return self[name]
 
     def items(self) -> ItemsView[str, T]:
         """Names with their values, as they are now."""

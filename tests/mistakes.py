@@ -109,6 +109,13 @@ MISTAKES = {
         lambda s: s.sweep(TEXT, "v", count()),
         r"coefficients must be a list that ends; count\(\d+\) has more than 10,000 ",
     ),
+    "coefficients as bytes": (lambda s: s.sweep(TEXT, "v", b"ab"), r"coefficients must be a list, got b'ab'"),
+    "coefficients of a measurement as bytes": (
+        lambda s: nblens.Measurement(b"ab"),
+        r"coefficients must be a list, got b'ab'",
+    ),
+    "positions as bytes": (lambda s: s.capture(TEXT, positions=b"\0\1"), r"positions must be a list, got b"),
+    "targets as bytes": (lambda s: s.lens(TEXT, targets=b"ab"), r"targets must be a list, got b'ab'"),
     "a bare coefficient to sweep": (lambda s: s.sweep(TEXT, "v", 2.0), r"coefficients, got 2\.0"),
     "layers without an end": (lambda s: s.lens(TEXT, layers=count()), r"layers count\(.*do not end"),
     "sites without an end": (

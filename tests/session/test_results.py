@@ -10,7 +10,7 @@ from sessions import PROMPT, TEXT, plain
 from steered_runs import endless_model
 from tiny_models import tiny_tokenizer
 
-from nblens import Generation, Steer, Trajectory, UserError
+from nblens import Generation, Measurement, Sample, Steer, Trajectory, UserError
 
 
 def test_one_prompt_gives_one_result_and_a_list_gives_a_list(session):
@@ -58,6 +58,22 @@ def test_a_setting_that_can_be_read_once_is_read_as_if_it_were_a_list(session):
     assert once.token_ids == again.token_ids
     targets = [session.attribute(PROMPT, steer=steer(kind)).target_ids for kind in (True, False)]
     assert targets[0] == targets[1] != session.attribute(PROMPT, steer={}).target_ids
+
+
+def test_coefficients_that_can_be_read_once_are_read_as_if_they_were_a_list(session):
+    coefficients, samples = [-4.0, 0.0, 4.0], [Sample(TEXT, " cat", " dog")] * 2
+    texts, reports = [], []
+    for given in (list, iter, tuple, np.array):
+        texts.append([out.token_ids for out in session.sweep(PROMPT, "v", given(coefficients), 3)])
+        report = session.steerability(
+            "v", (iter if given is iter else list)(samples), given(coefficients), n_random=0, progress=False
+        )
+        reports.append(report.dose_response.slopes.tolist())
+    assert len(texts[0]) == 3
+    assert texts == [texts[0]] * 4
+    assert reports == [reports[0]] * 4
+    measured = Measurement(iter(coefficients))
+    assert measured.coefficients == tuple(coefficients)
 
 
 def test_a_generation_carries_what_it_was_made_of(session):
