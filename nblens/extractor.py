@@ -71,6 +71,7 @@ class Extractor:
         event = self._extract(spec, f"vector {name}", progress)
         written = blocks or (best_block(event.separation, len(spec.positive)),)
         self._warn_of_carried_means(spec, event, written, read_name(read))
+        _warn_of_first_tokens(spec, read_name(read))
         return SteeringVector(
             name=name,
             directions=dict(enumerate(event.directions)),
@@ -220,6 +221,17 @@ class Extractor:
         whole = tokenize(tokenizer, chat_text(tokenizer, prompt) + answer, special=False, most=room)
         check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
         return whole.ids
+
+
+def _warn_of_first_tokens(spec: ExtractionSpec, read: str) -> None:
+    """Tell of texts that are read at their first token alone, as one word is without a beginning put before it."""
+    spans = (*spec.positive_spans, *spec.negative_spans)
+    if count := spans.count((0, 1)):
+        warn_caller(
+            f"read at {read}, {count} of {len(spans)} texts are read at their first token, where attention rests: its "
+            "activation can be a hundred times as long as any other, and the vector is then that token's; put the "
+            "same words before it, as nblens.Sample(prompt, positive, negative) or under chat"
+        )
 
 
 def _one_text(text: Any) -> str | list[int]:

@@ -600,7 +600,9 @@ class Session:
         read : {"last", "label", "mean"}, int, slice, (int, int) or str
             Which tokens' activation is read in each text: the last one; the first one in which the two sides differ
             (with a `Sample`, in which its answers differ); the mean over all; one index, negative from the end; or the
-            mean over a span, a slice or (start, stop), or text such as "3-7" with both ends.
+            mean over a span, a slice or (start, stop), or text such as "3-7" with both ends. Means leave out special
+            tokens and a text's first, where attention rests and activations can be a hundred times as long; as text
+            that ends in "+special" they take them in: "mean+special", "0-7+special".
         write, op
             How the vector is written where nothing else is asked for, as in `nblens.Steer`.
         chat : bool

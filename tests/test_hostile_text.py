@@ -54,6 +54,7 @@ CALLS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:read at last")
 @pytest.mark.parametrize("call", CALLS)
 def test_any_text_is_answered_or_refused_in_one_line(untouched, call):
     @bounded(40)

@@ -11,6 +11,7 @@ from reports import made_up_report
 from steered_runs import endless_model, plain_pass
 from tiny_models import D_MODEL, N_BLOCKS
 
+import nblens
 from nblens import UserError
 from nblens.model.generation import Batch
 from nblens.steering.extraction import SpanReader
@@ -117,6 +118,18 @@ def test_a_token_that_carries_a_mean_is_told_with_block_and_text(session):
             session.extract("v", PAIRS, read=read, layers=[1], progress=False)
 
 
+@pytest.mark.parametrize("read", ["last", "label", -1, "mean+special", "mean"])
+def test_texts_that_are_read_at_their_first_token_are_told(attach, read):
+    tokenizer = byte_level("none")
+    session = attach(endless_model("llama", vocab_size=len(tokenizer)), tokenizer)
+    pairs = [("cat", "dog"), ("the", "a cat")]
+    with pytest.warns(RuntimeWarning, match=f"read at {re.escape(str(read))}, . of 4 texts are read at their first"):
+        session.extract("v", pairs, read=read, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.extract("v", [nblens.Sample("the", " cat", " dog")], read="label", progress=False)
+
+
 def test_norms_and_scale_free_slopes_are_of_the_tokens_that_were_read(session):
     def norms(positions):
         texts = [text for pair in PAIRS for text in pair]
@@ -127,6 +140,20 @@ def test_norms_and_scale_free_slopes_are_of_the_tokens_that_were_read(session):
     np.testing.assert_allclose(list(vector.activation_norms.values()), norms(without_first), rtol=1e-4)
     vector = session.extract("v", PAIRS, read="last", progress=False)
     np.testing.assert_allclose(list(vector.activation_norms.values()), norms(lambda ids: [-1]), rtol=1e-4)
+
+
+def test_a_scale_free_slope_measures_by_the_tokens_that_were_read(session):
+    vector = session.vectors["v"] = session.extract("v", PAIRS, read="mean", layers=[1], progress=False)
+    samples = [nblens.Sample("the cat sat", " yes", " no"), nblens.Sample("the dog sat", " yes", " no")]
+    report = session.steerability(
+        "v", samples, (-1, 0, 1), controls=False, neutral=["the cat sat on the mat"], progress=False
+    )
+    texts = [text for pair in PAIRS for text in pair]
+    lengths = [states_of(session, text)[1][1, 1:].norm(dim=-1).mean() for text in texts]
+    norm = float(torch.stack(lengths).mean())
+    assert report.activation_norm == pytest.approx(norm, rel=1e-4)
+    expected = report.fitted.mean_slope * norm / vector.norms[1]
+    assert report.scale_free_slope == pytest.approx(expected, rel=1e-4)
 
 
 def test_shuffled_labels_are_read_as_the_vector_was(session):

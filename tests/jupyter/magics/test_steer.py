@@ -66,13 +66,13 @@ def test_pairs_of_a_file_make_a_vector(run, session, tmp_path):
     assert (stored.method, stored.read, stored.layers, stored.write) == ("pca_center", "1-2", (0,), "prompt")
 
 
-@pytest.mark.parametrize("cell", ["%%steer v --chat\n+ cat\n- dog", "%steer extract v FILE --chat"])
+@pytest.mark.parametrize("cell", ["%%steer v --chat\n+ the cat\n- the dog", "%steer extract v FILE --chat"])
 def test_texts_go_through_the_chat_template(run, session, tmp_path, cell):
-    (tmp_path / "x.jsonl").write_text('["cat", "dog"]')
+    (tmp_path / "x.jsonl").write_text('["the cat", "the dog"]')
     session.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} one day{% endfor %}"
     made = run(cell.replace("FILE", str(tmp_path / "x.jsonl"))).value
     session.tokenizer.chat_template = None
-    assert not np.array_equal(made.directions[1], session.extract("plain", [("cat", "dog")]).directions[1])
+    assert not np.array_equal(made.directions[1], session.extract("plain", [("the cat", "the dog")]).directions[1])
 
 
 def test_set_show_and_off(run, session, vector):
