@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, once per worker; where it cannot be had these tests are skipped with the reason."""
+"""SmolLM2-135M-Instruct, once per file; where it cannot be had these tests are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def named() -> str:
         pytest.skip(f"SmolLM2-135M-Instruct is not to be had: {error}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def real(named: str) -> Iterator[nblens.Session]:
-    """A session of it, which no other test makes its own."""
+    """A session of it, which no other test makes its own; gone with its file, for tests elsewhere count workers."""
     session = nblens.load(named, gguf=FILE, devices="cpu")
     loading._current = loading._loaded = None
     yield session
     session.unload()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(real: nblens.Session) -> PreTrainedModel:
     """The transformers model."""
     assert real.model is not None
     return real.model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(real: nblens.Session, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a folder of safetensors, which ranks can share."""
     path = tmp_path_factory.mktemp("smollm2")
