@@ -28,6 +28,7 @@ from nblens.errors import (
 )
 
 if TYPE_CHECKING:
+    from nblens.circumstances import Circumstances, SteeredBy
     from nblens.evaluation.measurement import Measurement
     from nblens.jupyter.grid.trajectory_grid import TrajectoryGrid
     from nblens.jupyter.panel.steering_panel import SteeringPanel
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 # Loaded on first use: `import nblens` must not pull in torch, transformers or IPython.
 _LAZY = {
     "Attribution": "nblens.lens.attribution",
+    "Circumstances": "nblens.circumstances",
     "CoefficientRange": "nblens.steering.statistics",
     "Comparison": "nblens.lens.comparison",
     "DevicePlan": "nblens.planning.plan",
@@ -75,6 +77,7 @@ _LAZY = {
     "SiteTrajectories": "nblens.lens.by_site",
     "Steer": "nblens.steering.steer",
     "SteerabilityReport": "nblens.steering.report",
+    "SteeredBy": "nblens.circumstances",
     "SteeringPanel": "nblens.jupyter.panel.steering_panel",
     "SteeringVector": "nblens.steering.vectors",
     "Sweep": "nblens.results",
@@ -90,6 +93,7 @@ _LAZY = {
 
 __all__ = [
     "Attribution",
+    "Circumstances",
     "CoefficientRange",
     "Comparison",
     "DeviceMemoryError",
@@ -116,6 +120,7 @@ __all__ = [
     "SiteTrajectories",
     "Steer",
     "SteerabilityReport",
+    "SteeredBy",
     "SteeringPanel",
     "SteeringVector",
     "Sweep",

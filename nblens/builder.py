@@ -11,6 +11,7 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from nblens.circumstances import live_name
 from nblens.errors import UserError, shown
 from nblens.layers import parse_layers
 from nblens.lens.fitting import hold_out
@@ -43,7 +44,7 @@ from nblens.steering.vector_store import Steering, VectorStore
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RequestBuilder", "live_name"]
+__all__ = ["RequestBuilder"]
 
 Ids = tuple[int, ...]
 
@@ -330,11 +331,6 @@ class RequestBuilder:
         """At most so many token ids of a text."""
         size = self.architecture.vocab_size
         return encode(self.tokenizer, text, chat=False, vocab_size=size, room=None, longest=longest)
-
-
-def live_name(key: str) -> str:
-    """What `session.steer` changes is called so in a run, apart from vectors that a call names itself."""
-    return f"live:{key}"
 
 
 def _kept(spec: Any, prompt_lengths: Sequence[int], generate: int) -> tuple[Positions, ...]:

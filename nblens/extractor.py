@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from nblens.builder import RequestBuilder
+from nblens.circumstances import Circumstances
 from nblens.errors import Interrupted, UserError, shown, warn_caller
 from nblens.layers import parse_layers
 from nblens.model.answers import n_shared
@@ -46,6 +47,8 @@ class Extractor:
     send: Send
     model: str
     """what a vector says it was made with"""
+    origin: Circumstances = field(default_factory=Circumstances)
+    """revision and dtype of the model"""
 
     def vector(
         self,

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from nblens.errors import UserError, warn_caller
+from nblens.circumstances import Circumstances
+from nblens.errors import UserError, escaped, warn_caller
 from nblens.lens.attribution import Attribution
 from nblens.lens.by_site import SiteTrajectories
 from nblens.lens.collector import TrajectoryCollector
@@ -54,6 +55,9 @@ class Generation:
     """what the lens read, by site; empty where it was not asked for"""
     steers: tuple[Steer, ...] = ()
     """what steered when it was started, in the form in which it can be given again"""
+    model: str = ""
+    circumstances: Circumstances = field(default_factory=Circumstances)
+    """under what it was written: revision, dtype, steering with its blocks, chat template, sampling"""
     coefficient: float | None = None
     """in a sweep: the coefficient of the swept vector"""
     interrupted: bool = False
@@ -79,7 +83,8 @@ class Generation:
         return len(self.token_ids) / self.timings["total"] if self.timings.get("total") else float("nan")
 
     def __repr__(self) -> str:
-        return f"Generation({self.text!r})"
+        facts = ", ".join(filter(None, (self.model, *self.circumstances.facts)))
+        return f"Generation({self.text!r}{escaped(f', {facts}') if facts else ''})"
 
 
 class Sweep(list[Generation]):
@@ -152,11 +157,12 @@ class RunResult:
         model: str,
         text_of: Callable[[int], str],
         bytes_of: Callable[[int], bytes | None] = lambda token_id: None,
+        origin: Circumstances | None = None,
     ) -> None:
-        self.spec = spec
+        self.spec, self._model = spec, model
         self._architecture = architecture
         self.finished: RunFinished | None = None
-        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of, bytes_of)
+        self._collector = TrajectoryCollector(spec, architecture.n_blocks, model, text_of, bytes_of, origin)
         self._activations: list[ActivationSlice] = []
 
     def add(self, event: Event) -> None:
@@ -211,6 +217,8 @@ class RunResult:
             trajectories=self.trajectories(row),
             steers=tuple(steers),
             coefficient=coefficient,
+            model=self._model,
+            circumstances=self._collector.circumstances(row),
             interrupted=self.cancelled,
             timings=self.timings,
         )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nblens.backends.backend import Backend
-from nblens.builder import RequestBuilder, live_name
+from nblens.builder import RequestBuilder
+from nblens.circumstances import Circumstances, live_name
 from nblens.client import Client
 from nblens.engine.control import Coefficients
 from nblens.errors import Interrupted, NoModelError, UserError, escaped, warn_caller
@@ -111,7 +112,9 @@ class Session:
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
         build = RequestBuilder(architecture, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
         self._texts = TokenTexts(tokenizer)
-        client = Client(backend, self.lenses, _results(architecture, placement.model, self._texts))
+        revision = getattr(config, "_commit_hash", None) or ""
+        self._origin = Circumstances(revision=revision, dtype=placement.dtype)
+        client = Client(backend, self.lenses, _results(architecture, placement.model, self._texts, self._origin))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
         # a session that nobody holds any more frees its model at once, so nothing that it holds may hold it
         self._end = weakref.finalize(self, client.close)
@@ -832,7 +835,7 @@ class Session:
 
     def _extractor(self) -> Extractor:
         build, client = inside(self)
-        return Extractor(build, client.events, self.placement.model)
+        return Extractor(build, client.events, self.placement.model, self._origin)
 
     def _keep_measured(self, vector: SteeringVector, report: SteerabilityReport) -> SteerabilityReport:
         """Keep a vector with the coefficients that its report allows."""
@@ -864,7 +867,9 @@ def inside(session: Session) -> tuple[RequestBuilder, Client]:
         build, client = session._inside
         if session._renew is not None and (renewed := session._renew(client.backend)) is not None:
             build = replace(build, architecture=renewed.architecture)
-            client.renew(renewed.backend, _results(build.architecture, session.placement.model, session._texts))
+            client.renew(
+                renewed.backend, _results(build.architecture, session.placement.model, session._texts, session._origin)
+            )
             session._inside = build, client
             warn_caller(f"{renewed.what}: the model was proven anew")
     return build, client
@@ -876,6 +881,8 @@ def _send(session: Session | None, coefficients: Coefficients) -> None:
         backend.steer({live_name(key): coefficient for key, coefficient in coefficients.items()})
 
 
-def _results(architecture: Architecture | ModelFacts, model: str, texts: TokenTexts) -> Callable[[RunSpec], RunResult]:
+def _results(
+    architecture: Architecture | ModelFacts, model: str, texts: TokenTexts, origin: Circumstances
+) -> Callable[[RunSpec], RunResult]:
     """What gathers what a request gives."""
-    return lambda spec: RunResult(spec, architecture, model, texts, texts.bytes_of)
+    return lambda spec: RunResult(spec, architecture, model, texts, texts.bytes_of, origin)

@@ -185,6 +185,8 @@ class RunSpec:
     """prompt tokens per step over all rows; None: chosen from the model's size"""
     watched: bool = False
     """somebody is looking: read out decoded tokens every 100 ms instead of every 64 steps"""
+    templates: tuple[str, ...] = ()
+    """what was done with the chat template for each prompt, in words; of no account for the run"""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 # room → the rooms it may import. A room is a module or folder directly under nblens/; a new one is added here and in
 # CONTRIBUTING.md. `nblens` is the package's own __init__.py, which only offers names and is imported by nobody inside.
-GROUND = {"errors", "text", "files", "gguf_reader", "records", "stores", "layers", "specs", "background"}
+GROUND = {
+    "errors", "text", "files", "gguf_reader", "records", "stores", "layers", "specs", "circumstances", "background",
+}  # fmt: skip
 COMPUTE = GROUND | {"model", "readout", "lens", "steering", "engine", "backends"}
 MAY_IMPORT = {
     "errors": set(),
@@ -26,6 +28,7 @@ MAY_IMPORT = {
     "layers": {"errors"},
     "specs": {"errors", "layers"},
     "text": {"errors"},
+    "circumstances": {"layers", "specs", "text"},
     "background": set(),
     "colors": {"text"},
     "views": {"errors", "files", "text", "colors"},

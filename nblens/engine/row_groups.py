@@ -105,6 +105,7 @@ def _part(spec: RunSpec, rows: Sequence[int]) -> RunSpec:
     return replace(
         spec,
         prompts=_pick(spec.prompts, rows),
+        templates=_pick(spec.templates, rows),
         generation=generation,
         capture=capture,
         steering=tuple(replace(write, coefficients=_pick(write.coefficients, rows)) for write in spec.steering),

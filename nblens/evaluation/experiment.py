@@ -17,6 +17,7 @@ from nblens.extractor import Extractor
 from nblens.layers import parse_layers
 from nblens.model.sites import check_site
 from nblens.specs import SteeringWrite
+from nblens.model.tokens import template_words
 from nblens.steering.reach import check_scored, is_reached, neutral_text, scored_texts
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_samples
@@ -109,6 +110,7 @@ class Evaluation:
         return SteerabilityReport(
             name=vector.name,
             model=vector.model,
+            circumstances=replace(self.extractor.origin, template=template_words(self.how.chat)),
             site=vector.site,
             layers=vector.layers,
             read=vector.read,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nblens import plots
+from nblens.circumstances import Circumstances
 from nblens.errors import NumericalError, UserError, escaped
 from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
@@ -57,6 +58,8 @@ class Attribution:
     logits: np.ndarray
     """float32 (n_tokens, n_targets)"""
     model: str = ""
+    circumstances: Circumstances = field(default_factory=Circumstances)
+    """under what the logits came about: revision, dtype, steering, chat template, sampling"""
     timings: Mapping[str, float] = field(default_factory=dict)
     """seconds per phase"""
 
@@ -93,9 +96,10 @@ class Attribution:
         return plots.attribution_bars(self, position)
 
     def __repr__(self) -> str:
+        facts = ", ".join(filter(None, (self.model, *self.circumstances.facts)))
         return escaped(
             f"Attribution({len(self.layers)} layers × {len(self.tokens)} tokens × {len(self.target_ids)} targets, "
-            f"{self.model})"
+            f"{facts})"
         )
 
 

@@ -15,7 +15,7 @@ __all__ = ["panel_of"]
 
 # A thin space: what stands under a grid has wide word spacing, which it is exempt from.
 _NOTES = {"entropy": "H\u2009{:.2f}", "kl": "KL\u2009{:.2f}", "rank": "next\u2009#{:.0f}"}
-_SHARED = {field.name for field in fields(GridPanel)} & {field.name for field in fields(Cells)}
+_SHARED = {field.name for field in fields(GridPanel)} & {field.name for field in fields(Cells)} - {"circumstances"}
 
 
 def panel_of(cells: Cells, title: str = "", text: str = "") -> GridPanel:
@@ -28,6 +28,7 @@ def panel_of(cells: Cells, title: str = "", text: str = "") -> GridPanel:
         marked=top == top[-1],
         mark_means="as in the last block",
         text=text,
+        circumstances=cells.circumstances.facts,
         **same,
     )
 

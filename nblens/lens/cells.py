@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from nblens.circumstances import Circumstances
 from nblens.errors import UserError, shown
 from nblens.layers import format_layers, parse_layers
 from nblens.views.panels import TokenGrid
@@ -65,6 +66,8 @@ class Cells(TokenGrid):
     """blocks in the model (layers may be fewer)"""
     model: str = ""
     lens: str = "logit"
+    circumstances: Circumstances = field(default_factory=Circumstances)
+    """under what it was read: revision, dtype, steering, chat template, sampling"""
     timings: Mapping[str, float] = field(default_factory=dict)
     """seconds of the whole run, all its rows together, by phase: prefill and decode (the model's passes over prompt
     and new tokens), readout (the lens), total; on a GPU work counts in the phase that waits for it"""
@@ -84,9 +87,10 @@ class Cells(TokenGrid):
         for name, values, kind in (("tokens", self.tokens, str), ("layers", self.layers, int)):
             if not all(isinstance(value, kind) for value in values):
                 raise ValueError(f"{name} must be {kind.__name__}s, got {values[:3]}")
-        for name, kind in (("n_blocks", int), ("prompt_length", int), ("site", str), ("model", str), ("lens", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name} must be {kind.__name__}, got {getattr(self, name)!r}")
+        kinds: dict[str, type] = {"n_blocks": int, "prompt_length": int, "site": str, "model": str, "lens": str}
+        for name, wanted in kinds.items():
+            if not isinstance(getattr(self, name), wanted):
+                raise ValueError(f"{name} must be {wanted.__name__}, got {getattr(self, name)!r}")
 
     @property
     def text(self) -> str:

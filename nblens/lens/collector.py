@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from nblens.circumstances import Circumstances, circumstances_of
 from nblens.lens.attribution import ATTRIBUTION, CONTRIBUTIONS, Attribution
 from nblens.lens.comparison import BESIDE_BASE
 from nblens.lens.trajectory import Trajectory
@@ -29,9 +30,10 @@ class TrajectoryCollector:
         model: str,
         text_of: Callable[[int], str],
         bytes_of: Callable[[int], bytes | None] = lambda token_id: None,
+        origin: Circumstances | None = None,
     ) -> None:
         self._spec, self._n_blocks, self._model, self._text_of = spec, n_blocks, model, text_of
-        self._bytes_of = bytes_of
+        self._bytes_of, self._origin = bytes_of, origin or Circumstances()
         self._slices: dict[tuple[int, str], dict[int, ReadoutSlice]] = defaultdict(dict)
         self.sampled: list[list[int]] = [[] for _ in spec.prompts]
         """new tokens of each row"""
@@ -42,6 +44,10 @@ class TrajectoryCollector:
             self._slices[event.row, event.site][event.start] = event
         elif isinstance(event, TokensSampled):
             event.place_in(self.sampled)
+
+    def circumstances(self, row: int) -> Circumstances:
+        """Under what a row is read."""
+        return circumstances_of(self._origin, self._spec, row)
 
     def trajectory(self, row: int, site: str, timings: Mapping[str, float] | None = None) -> Trajectory:
         """What has been read so far of one row at one site."""
@@ -76,6 +82,7 @@ class TrajectoryCollector:
             n_blocks=self._n_blocks,
             model=self._model,
             lens=lens.lens,
+            circumstances=self.circumstances(row),
             timings=dict(timings or {}),
             **arrays,
         )
@@ -130,6 +137,7 @@ class TrajectoryCollector:
             bias=arrays["bias"][0, :1].sum(0),
             logits=arrays["logits"][0],
             model=self._model,
+            circumstances=self.circumstances(row),
             timings=dict(timings or {}),
         )
 

@@ -30,6 +30,7 @@ def as_json(panels: Mapping[str, GridPanel]) -> str:
         "version": _VERSION,
         "model": first.model,
         "lens": first.lens,
+        "circumstances": list(first.circumstances),
         "layers": list(first.layers),
         "prompt_length": first.prompt_length,
     }

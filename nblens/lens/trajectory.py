@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nblens import plots
+from nblens.circumstances import Circumstances
 from nblens.colors import Scale
 from nblens.errors import UserError, escaped
 from nblens.files import replace_file
@@ -68,7 +69,8 @@ class Trajectory(Cells, Shown):
 
         ::
 
-            {"format": "nblens.trajectory_json", "version": 1, "model": …, "lens": "logit", "layers": [0, 1],
+            {"format": "nblens.trajectory_json", "version": 1, "model": …, "lens": "logit",
+             "circumstances": ["float32", "steered: cheerful=1.5 at block 6"], "layers": [0, 1],
              "prompt_length": 6, "tokens": [
               {"position": 0, "token": "The", "id": 14,
                "layers": {"0": {"block": [[" capital", 0.31], …]}, "1": {…}},
@@ -96,6 +98,7 @@ class Trajectory(Cells, Shown):
         """
         arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in _array_names()}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in arrays}
+        plain["circumstances"] = self.circumstances.as_plain()
         for name in ("vocabulary", "bytes_of_tokens"):
             plain[name] = {str(i): text for i, text in plain[name].items()}
         return _FORMAT.save(path, plain, arrays)
@@ -114,6 +117,7 @@ class Trajectory(Cells, Shown):
             plain["vocabulary"] = {int(i): str(text) for i, text in plain["vocabulary"].items()}
             parts = plain.get("bytes_of_tokens", {})
             plain["bytes_of_tokens"] = {int(i): bytes.fromhex(part).hex() for i, part in parts.items()}
+            plain["circumstances"] = Circumstances.of_plain(plain.get("circumstances", {}))
             plain["tokens"], plain["layers"] = tuple(plain["tokens"]), tuple(plain["layers"])
             for name in ("top_logprobs", "next_logprob", "target_logprobs"):
                 if (arrays[name] > _ROUNDING).any():
@@ -149,9 +153,10 @@ class Trajectory(Cells, Shown):
         return plots.decided_histogram(self, against=against)
 
     def __repr__(self) -> str:
+        facts = ", ".join(filter(None, (self.model, *self.circumstances.facts)))
         return escaped(
             f"Trajectory({self.n_layers} layers × {self.n_tokens} tokens at {self.reading}, "
-            f"top {self.top_ids.shape[-1]}, {self.model})"
+            f"top {self.top_ids.shape[-1]}, {facts})"
         )
 
     def _panels(self) -> tuple[GridPanel, ...]:

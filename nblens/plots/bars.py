@@ -37,7 +37,8 @@ def attribution_bars(attribution: Any, position: int = -1) -> Figure:
         ax.set_xlabel("")
     fed = visible(attribution.tokens[position])
     place = position % len(attribution.tokens)
-    title = f"what each block adds to a logit after {fed} (token {place}) · {plain(attribution.model)}"
+    facts = map(plain, (attribution.model, *attribution.circumstances.facts))
+    title = " · ".join((f"what each block adds to a logit after {fed} (token {place})", *facts))
     figure.suptitle(drawable(title), **{"x": 0.01, "ha": "left", "fontsize": 9, **text_font()})
     return figure
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nblens.circumstances import Circumstances
 from nblens.errors import FileFormatError
 from nblens.files import expanded, read_whole, replace_file
 from nblens.records import RecordFormat, sound_content
@@ -144,7 +145,8 @@ class SteerabilityReport(Steerability):
     @classmethod
     def _from_plain(cls, content: Mapping[str, Any], source: str | os.PathLike[str]) -> SteerabilityReport:
         with sound_content(source):
-            return cls(**_parsed({f.name: content[f.name] for f in fields(cls)}))
+            known = {"circumstances": {}, **content}  # files of 0.1 have none
+            return cls(**_parsed({f.name: known[f.name] for f in fields(cls)}))
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -186,6 +188,7 @@ def _parsed(content: Mapping[str, Any]) -> dict[str, Any]:
     response, other, effects = (content[name] for name in (*_SPLITS, "side_effects"))
     return {
         **content,
+        "circumstances": Circumstances.of_plain(content["circumstances"]),
         "layers": tuple(int(block) for block in content["layers"]),
         "norms": {int(block): _measured(norm) for block, norm in content["norms"].items()},
         "dose_response": DoseResponse(**response),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nblens.circumstances import Circumstances
 from nblens.errors import UserError
 from nblens.steering.statistics import (
     CoefficientRange,
@@ -31,6 +32,8 @@ class Steerability:
     name: str
     """of the steering vector"""
     model: str
+    circumstances: Circumstances = field(default_factory=Circumstances)
+    """revision and dtype of the model, and what was done with its chat template"""
     site: str
     layers: tuple[int, ...]
     """blocks that were written"""

@@ -30,7 +30,7 @@ def _vector(report: Steerability) -> Rows:
     written = f"{report.op} at {report.site} of block {format_layers(report.layers)}, tokens: {report.write}"
     rows = [
         ("vector", f"{report.name}: {report.method}, read {read_words(report.read)}{norm}"),
-        ("written", f"{written}, in {report.model}"),
+        ("written", ", ".join((written, f"in {report.model}", *report.circumstances.facts))),
     ]
     if report.splits:
         rows.append(("samples", ", ".join(f"{name} {count}" for name, count in report.splits.items())))

@@ -14,7 +14,7 @@ from nblens.lens.by_site import SiteTrajectories
 def test_json_goes_from_token_to_layer_to_component_to_probabilities():
     trajectory = trajectory_of()
     read = json.loads(trajectory.to_json())
-    assert list(read) == ["format", "version", "model", "lens", "layers", "prompt_length", "tokens"]
+    assert list(read) == ["format", "version", "model", "lens", "circumstances", "layers", "prompt_length", "tokens"]
     tokens = read.pop("tokens")
     assert read == {
         "format": "nblens.trajectory_json",

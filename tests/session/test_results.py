@@ -86,7 +86,8 @@ def test_a_generation_carries_what_it_was_made_of(session):
     assert out.trajectory.target_ids.tolist() == [9]
     assert out.trajectory.next_ids.tolist()[-5:] == list(out.token_ids)
     assert out.tokens_per_second > 0
-    assert repr(out) == f"Generation({out.text!r})"
+    facts = "LlamaForCausalLM, float32, steered: v=0.5 at block 1"
+    assert repr(out) == f"Generation({out.text!r}, {facts})"
     assert session.generate(TEXT, 2).trajectory is None
 
 
