@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nblens.circumstances import live_name
 from nblens.errors import UserError, shown
@@ -19,9 +19,11 @@ from nblens.lens.jacobian import SKIPPED
 from nblens.lens.lens_store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
+from nblens.model.chats import Chat, Conversation, template_words
+from nblens.model.prompts import FedPrompt, OnePrompt, as_conversation, as_prompts, encode_prompt
 from nblens.model.sites import check_site
 from nblens.model.targets import single_token
-from nblens.model.tokens import as_prompts, encode
+from nblens.model.tokens import encode
 from nblens.options import SITE, Prompt, check_generation, listed, plain_options, several_sites
 from nblens.specs import (
     LENS_KINDS,
@@ -39,7 +41,7 @@ from nblens.steering.live_steering import LiveSteering
 from nblens.steering.reach import check_run, check_scored, check_swept
 from nblens.steering.samples import Sample
 from nblens.steering.steer import Steer, check_coefficient
-from nblens.steering.vector_store import Steering, VectorStore
+from nblens.steering.vector_store import OneSetting, Steering, VectorStore, setting_for_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +76,7 @@ class RequestBuilder:
         seed: int | Sequence[int] | None,
         options: Mapping[str, Any],
         *,
-        chat: bool,
+        chat: Chat,
         copies: int | None = None,
         fewest: int = 0,
     ) -> tuple[RunSpec, bool]:
@@ -90,30 +92,42 @@ class RequestBuilder:
             New tokens that there must be.
         """
         check_generation(method, options, n_new)
-        prompts, single = self.prompts(prompt, chat=chat, generate=n_new)
+        given, single = as_prompts(prompt)
+        prompts = self.prompts(given, chat=chat, generate=n_new)
+        templates = tuple(
+            template_words(chat, isinstance(own, list) and bool(fed.turns))
+            for own, fed in zip(given, prompts, strict=True)
+        )
         if copies is not None:
             if not single:
                 raise UserError(f"{method} takes one prompt; call it once for each")
-            prompts = prompts * copies
+            prompts, templates = prompts * copies, templates * copies
         generation = None
         if n_new or fewest:
             generation = self.generation(n_new, temperature, seed, len(prompts), options)
-        return RunSpec(prompts, generation=generation, steering=self._writes(steer, len(prompts))), single
+        spec = RunSpec(
+            tuple(fed.ids for fed in prompts),
+            generation=generation,
+            steering=self._writes(steer, len(prompts)),
+            turns=tuple(fed.turns for fed in prompts) if any(fed.turns for fed in prompts) else (),
+            templates=templates if any(templates) else (),
+        )
+        return spec, single
 
-    def prompts(self, prompt: Prompt, *, chat: bool = False, generate: int = 0) -> tuple[tuple[Ids, ...], bool]:
-        """Token ids of each prompt, and whether a single one was given."""
-        prompts, single = as_prompts(prompt)
+    def prompts(self, prompts: Sequence[OnePrompt], *, chat: Chat = False, generate: int = 0) -> tuple[FedPrompt, ...]:
+        """Each prompt as it is fed; there must be one."""
         if not prompts:
             raise UserError("the prompt is empty")
         if not isinstance(generate, Integral) or generate < 0:
             raise UserError(f"the number of tokens to generate must be 0 or more, got {shown(generate)}")
-        return tuple(self.ids(text, chat=chat, generate=generate) for text in prompts), single
+        return tuple(self.fed(one, chat=chat, generate=generate) for one in prompts)
 
-    def steers(self, steer: Steering) -> list[Steer]:
-        """What steers, by a call's own argument or the live setting, with all that a vector decides itself."""
-        return self._taken(steer)[1]
+    def steers(self, steer: Steering, rows: int) -> list[list[Steer]]:
+        """What steers each row, by a call's own argument or the live setting, with all that a vector decides itself."""
+        settings = setting_for_each(steer) or [cast("OneSetting", steer)] * rows
+        return [self._taken(one)[1] for one in settings]
 
-    def _taken(self, steer: Steering) -> tuple[VectorStore, list[Steer]]:
+    def _taken(self, steer: OneSetting) -> tuple[VectorStore, list[Steer]]:
         """The vectors as they are now, and what steers; other threads may add and delete meanwhile."""
         vectors, setting = self.vectors.snapshot(), self.live.setting
         steers = [s for s in setting.values() if s.name in vectors] if steer is None else vectors.steers(steer)
@@ -121,7 +135,9 @@ class RequestBuilder:
 
     def beside_unsteered(self, steer: Steering) -> tuple[SteeringWrite, ...]:
         """What is written in two rows: nothing in the first, all that steers in the second."""
-        vectors, steers = self._taken(steer)
+        if setting_for_each(steer):
+            raise UserError("compare takes one setting of steer; call it once for each")
+        vectors, steers = self._taken(cast("OneSetting", steer))
         if not steers:
             raise UserError('nothing steers; give steer={"name": coefficient} or set one with session.steer({...})')
         return tuple(vectors.write(s, (None, s.coefficient)) for s in steers)
@@ -132,7 +148,7 @@ class RequestBuilder:
         check_run(replace(spec, steering=own), self.architecture.n_blocks)
         return spec
 
-    def scored(self, prompt: Any, answers: Any, written: SteeringWrite, *, chat: bool) -> AnsweredPrompt:
+    def scored(self, prompt: Any, answers: Any, written: SteeringWrite, *, chat: Chat) -> AnsweredPrompt:
         """One prompt with two answers that a vector can move; see `two_answers`."""
         sample = self.two_answers(prompt, answers, chat=chat)
         check_scored(written, [sample], self.architecture.n_blocks)
@@ -152,8 +168,10 @@ class RequestBuilder:
         return steer, strengths
 
     def _writes(self, steer: Steering, rows: int) -> tuple[SteeringWrite, ...]:
+        if (each := setting_for_each(steer)) is not None:
+            return self._writes_for_each(each, rows)
         if steer is not None:
-            vectors, steers = self._taken(steer)
+            vectors, steers = self._taken(cast("OneSetting", steer))
             return tuple(vectors.write(s, (s.coefficient,) * rows) for s in steers)
         # all vectors, those that do not steer now switched off: they can be turned on while the run goes on
         setting, vectors, writes = self.live.setting, self.vectors.snapshot(), []
@@ -163,6 +181,20 @@ class RequestBuilder:
                 continue
             strength = own.coefficient if name in setting else None
             writes.append(replace(vectors.write(own, (strength,) * rows), name=live_name(own.key)))
+        return tuple(writes)
+
+    def _writes_for_each(self, steer: Sequence[OneSetting], rows: int) -> tuple[SteeringWrite, ...]:
+        """A setting for each row; rows that are written alike but for how strongly share what writes them."""
+        if len(steer) != rows:
+            raise UserError(f"steer must be one setting, or one for each of the {rows} prompts; got {len(steer)}")
+        alike: dict[tuple[str, ...], dict[int, list[Steer]]] = {}
+        for row, own in enumerate(self.steers(steer, rows)):
+            alike.setdefault(tuple(s.key for s in own), {})[row] = own
+        vectors, writes = self.vectors.snapshot(), list[SteeringWrite]()
+        for of_rows in alike.values():
+            for place, first in enumerate(next(iter(of_rows.values()))):
+                strengths = (of_rows[row][place].coefficient if row in of_rows else None for row in range(rows))
+                writes.append(vectors.write(first, tuple(strengths)))
         return tuple(writes)
 
     def lens(
@@ -256,7 +288,7 @@ class RequestBuilder:
         seeds = _seeds(secrets.randbits(32) if seed is None else seed, rows)
         return GenerationSpec(int(max_new_tokens), float(temperature), seeds, plain_options(options or {}))
 
-    def answers(self, samples: Sequence[Sample], *, chat: bool) -> list[AnsweredPrompt]:
+    def answers(self, samples: Sequence[Sample], *, chat: Chat) -> list[AnsweredPrompt]:
         """Samples as token ids: prompt, positive answer, negative answer."""
         encoded = []
         for number, sample in enumerate(samples, 1):
@@ -268,9 +300,13 @@ class RequestBuilder:
                 raise UserError(f"sample {number}: there is no token before the answer; give it a prompt")
         return encoded
 
-    def two_answers(self, prompt: Any, answers: Any, *, chat: bool) -> AnsweredPrompt:
+    def two_answers(self, prompt: Any, answers: Any, *, chat: Chat) -> AnsweredPrompt:
         """One prompt in text with a positive and a negative answer as token ids."""
-        if not isinstance(prompt, str) or isinstance(answers, str) or not _are_two(answers):
+        if (
+            isinstance(answers, str)
+            or not _are_two(answers)
+            or not (isinstance(prompt, str) or as_conversation(prompt))
+        ):
             raise UserError(
                 f"answers are two texts that may follow a prompt in text, got {shown(answers)} and {shown(prompt)}"
             )
@@ -282,7 +318,7 @@ class RequestBuilder:
             raise UserError(f"a text must be a string, got {shown(text)}")
         return self._beginning(text, min(longest, self.context or longest))
 
-    def answered(self, prompt: str, answers: Sequence[str], *, chat: bool) -> AnsweredPrompt:
+    def answered(self, prompt: str | Conversation, answers: Sequence[str], *, chat: Chat) -> AnsweredPrompt:
         """A prompt with its answers as token ids."""
         size = self.architecture.vocab_size
         return encode_answers(self.tokenizer, prompt, answers, chat=chat, vocab_size=size, room=self.context)
@@ -322,15 +358,16 @@ class RequestBuilder:
             )
         return FitSpec(kind, fitted, held_out, int(steps), float(learning_rate), int(batch_tokens), int(seed))
 
-    def ids(self, text: str | list[int], *, chat: bool, generate: int = 0) -> Ids:
-        """Token ids of one text, which leave room for what is generated."""
+    def fed(self, prompt: OnePrompt, *, chat: Chat, generate: int = 0) -> FedPrompt:
+        """One prompt as it is fed, with room for what is generated."""
         room = None if self.context is None else max(0, self.context - generate)
-        return encode(self.tokenizer, text, chat=chat, vocab_size=self.architecture.vocab_size, room=room)
+        size = self.architecture.vocab_size
+        return encode_prompt(self.tokenizer, prompt, chat=chat, vocab_size=size, room=room)
 
     def _beginning(self, text: str | list[int], longest: int) -> Ids:
         """At most so many token ids of a text."""
         size = self.architecture.vocab_size
-        return encode(self.tokenizer, text, chat=False, vocab_size=size, room=None, longest=longest)
+        return encode(self.tokenizer, text, vocab_size=size, room=None, longest=longest)
 
 
 def _kept(spec: Any, prompt_lengths: Sequence[int], generate: int) -> tuple[Positions, ...]:

@@ -13,9 +13,11 @@ from nblens.builder import RequestBuilder
 from nblens.circumstances import Circumstances
 from nblens.errors import Interrupted, UserError, shown, warn_caller
 from nblens.layers import parse_layers
-from nblens.model.answers import n_shared
+from nblens.model.answers import n_shared, opening_of
+from nblens.model.chats import Chat, Conversation, turns_among
+from nblens.model.prompts import FedPrompt, OnePrompt, as_prompts
 from nblens.model.sites import check_site
-from nblens.model.tokens import as_prompts, chat_text, check_characters, check_ids, special_ids, tokenize
+from nblens.model.tokens import check_characters, check_ids, special_ids, tokenize
 from nblens.progress import Send, progress_bar
 from nblens.specs import ExtractionFinished, ExtractionSpec, Span, finished
 from nblens.steering.estimators import METHODS
@@ -61,7 +63,7 @@ class Extractor:
         layers: Any = None,
         write: Any = "all",
         op: str = "add",
-        chat: bool,
+        chat: Chat,
         progress: bool,
     ) -> SteeringVector:
         """The vector that contrast pairs make, and how it is written by default; see `Session.extract`."""
@@ -93,7 +95,7 @@ class Extractor:
         )
 
     def shuffled(
-        self, vector: SteeringVector, pairs: Any, n_shuffles: int, *, chat: bool, seed: int, progress: bool
+        self, vector: SteeringVector, pairs: Any, n_shuffles: int, *, chat: Chat, seed: int, progress: bool
     ) -> list[dict[int, np.ndarray]]:
         """Directions by written block, made as a vector was, but of pairs whose sides are swapped at random.
 
@@ -137,7 +139,7 @@ class Extractor:
         method: str,
         site: str,
         read: Read,
-        chat: bool,
+        chat: Chat,
         blocks: Sequence[int] = (),
         n_shuffles: int = 0,
         seed: int = 0,
@@ -181,12 +183,15 @@ class Extractor:
             )
 
     def _pair(
-        self, number: int, pair: Pair, read: Read, chat: bool, left_out: frozenset[int] | None
+        self, number: int, pair: Pair, read: Read, chat: Chat, left_out: frozenset[int] | None
     ) -> tuple[tuple[Ids, ...], tuple[Span, ...]]:
         """Token ids of both sides, and what is read of them."""
         try:
-            ids, labels = self._sides(pair, label=read == "label", chat=chat)
-            spans = tuple(read_span(read, len(one), label) for one, label in zip(ids, labels, strict=True))
+            sides, labels = self._sides(pair, label=read == "label", chat=chat)
+            ids = tuple(side.ids for side in sides)
+            spans = tuple(
+                read_span(read, len(side.ids), label, side.turns) for side, label in zip(sides, labels, strict=True)
+            )
             for one, span in zip(ids, spans, strict=True):
                 if not mean_positions(one, span, left_out):
                     raise UserError(
@@ -198,32 +203,34 @@ class Extractor:
             raise UserError(f"pair {number}: {error}") from error
         return ids, spans
 
-    def _sides(self, pair: Pair, *, label: bool, chat: bool) -> tuple[tuple[Ids, ...], Sequence[int | None]]:
-        """Token ids of both sides; where it is asked for, the position of each one's label."""
+    def _sides(self, pair: Pair, *, label: bool, chat: Chat) -> tuple[tuple[FedPrompt, ...], Sequence[int | None]]:
+        """Both sides as they are fed; where it is asked for, the position of each one's label."""
         prompt, *answers = (pair.prompt, pair.positive, pair.negative) if isinstance(pair, Sample) else ("", *pair)
         if label and all(isinstance(answer, str) for answer in answers):
             if chat and not prompt:
                 raise UserError("under chat, a label is read in an answer; give Sample(prompt, positive, negative)")
             both = self.build.answered(prompt, answers, chat=chat)
-            return both.ids, both.labels
+            return tuple(FedPrompt(ids, both.turns) for ids in both.ids), both.labels
         if prompt:
-            ids = tuple(self._side(prompt, answer, chat=chat) for answer in answers)
+            sides = tuple(self._side(prompt, answer, chat=chat) for answer in answers)
         else:
-            ids = tuple(self.build.ids(_one_text(answer), chat=chat) for answer in answers)
+            sides = tuple(self.build.fed(_one_side(answer), chat=chat) for answer in answers)
+        ids = [side.ids for side in sides]
         shared = n_shared(ids)
         if label and shared >= min(map(len, ids)):
             raise UserError("one side is the beginning of the other, or the same; where they part is unknown")
-        return ids, (shared, shared) if label else (None, None)
+        return sides, (shared, shared) if label else (None, None)
 
-    def _side(self, prompt: str, answer: str, *, chat: bool) -> Ids:
+    def _side(self, prompt: str | Conversation, answer: str, *, chat: Chat) -> FedPrompt:
         """A prompt, in its chat template or as it is, directly followed by an answer."""
-        if not chat:
-            return self.build.ids(prompt + answer, chat=False)
-        check_characters("the prompt", prompt + answer)
+        if isinstance(prompt, str) and chat is False:
+            return self.build.fed(prompt + answer, chat=False)
+        check_characters("an answer", answer)
         tokenizer, room = self.build.tokenizer, self.build.context
-        whole = tokenize(tokenizer, chat_text(tokenizer, prompt) + answer, special=False, most=room)
+        opening = opening_of(tokenizer, prompt, chat)
+        whole = tokenize(tokenizer, opening.text + answer, special=False, most=room)
         check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
-        return whole.ids
+        return FedPrompt(whole.ids, turns_among(whole, opening.spans))
 
 
 def _warn_of_first_tokens(spec: ExtractionSpec, read: str) -> None:
@@ -237,8 +244,8 @@ def _warn_of_first_tokens(spec: ExtractionSpec, read: str) -> None:
         )
 
 
-def _one_text(text: Any) -> str | list[int]:
-    (first, *_), single = as_prompts(text) if len(text) else ([""], True)
+def _one_side(side: Any) -> OnePrompt:
+    (first, *_), single = as_prompts(side) if len(side) else ([""], True)
     if not single:
-        raise UserError(f"a side must be text or token ids, got {shown(text)}")
+        raise UserError(f"a side must be text, token ids or messages, got {shown(side)}")
     return first

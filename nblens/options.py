@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints
 
 from nblens.errors import UserError, shown
+from nblens.model.chats import Chat, Conversation
 from nblens.steering.vector_store import Steering
 
 __all__ = [
@@ -37,10 +38,10 @@ __all__ = [
     "several_sites",
 ]
 
-OnePrompt = str | Sequence[int]
-"""Text, or token ids."""
+OnePrompt = str | Sequence[int] | Conversation
+"""Text, token ids, or messages."""
 
-Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]]
+Prompts = list[str] | tuple[str, ...] | Sequence[Sequence[int]] | Sequence[Conversation]
 """Several of these, which make one batch."""
 
 Prompt = OnePrompt | Prompts
@@ -133,7 +134,7 @@ class RunOptions(TypedDict, total=False):
     steer: Steering
     temperature: float
     seed: int | Sequence[int] | None
-    chat: bool
+    chat: Chat
 
 
 class LensOptions(RunOptions, GenerationOptions, total=False):

@@ -30,6 +30,7 @@ from nblens.lens.lens import Lens
 from nblens.lens.lens_store import LensStore
 from nblens.lens.trajectory import Trajectory
 from nblens.model.architecture import Architecture, ModelFacts
+from nblens.model.chats import Chat
 from nblens.model.placement import Placement
 from nblens.model.position_code import context_of
 from nblens.model.tokens import TokenTexts, decoded
@@ -192,7 +193,7 @@ class Session:
         max_new_tokens: int | None = None,
         generate: int | None = None,
         steer: Steering = None,
-        chat: bool = False,
+        chat: Chat = False,
         seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         metrics: Sequence[str] = LENS_METRICS,
@@ -207,8 +208,9 @@ class Session:
 
         Parameters
         ----------
-        prompt : str, sequence of int, or list of these
-            Text or token ids; a list makes one padded batch.
+        prompt : str, sequence of int or of messages, or list of these
+            Text, token ids, or a conversation: ``[{"role": "user", "content": "…"}]``, which goes through the chat
+            template. A list makes one padded batch.
         layers : int, slice, str or sequence, optional
             Blocks to read: ints, slices, ``"0-4,10,-1"``, ``"::4"``. None: all.
         sites, site : str or sequence of str
@@ -226,9 +228,11 @@ class Session:
         max_new_tokens, generate : int, optional
             Continue by so many tokens and read those too; two names of one number. None: read the prompt alone.
         steer : mapping or sequence of Steer, optional
-            None: the live setting; ``{}``: none; ``{"cheerful": 1.5}``; or `nblens.Steer` values.
-        chat : bool
-            Send the prompt as a user's turn through the chat template.
+            None: the live setting; ``{}``: none; ``{"cheerful": 1.5}``; or `nblens.Steer` values. A list of these: a
+            setting for each prompt, with vectors, blocks and operations of its own.
+        chat : bool or mapping
+            Send a text as a user's turn through the chat template; a mapping: with these of the template's options,
+            such as ``{"enable_thinking": False}`` or ``{"tools": […]}``. A conversation may have options too.
         seed : int or sequence of int, optional
             Seed of sampling; every row draws from a generator of its own with this seed. Several: one for each
             prompt, so that ``session.lens([prompt] * 5, max_new_tokens=20, temperature=0.8, seed=range(5))`` is five
@@ -271,7 +275,7 @@ class Session:
         max_new_tokens: int | None = None,
         generate: int | None = None,
         steer: Steering = None,
-        chat: bool = False,
+        chat: Chat = False,
         seed: int | None = None,
         temperature: float = 0.0,
         **options: Unpack[SamplingOptions],
@@ -324,7 +328,7 @@ class Session:
         lens: str = "logit",
         max_new_tokens: int | None = None,
         generate: int | None = None,
-        chat: bool = False,
+        chat: Chat = False,
         seed: int | None = None,
         temperature: float = 0.0,
         metrics: Sequence[str] = LENS_METRICS,
@@ -391,7 +395,7 @@ class Session:
         max_new_tokens: int | None = None,
         generate: int | None = None,
         steer: Steering = None,
-        chat: bool = False,
+        chat: Chat = False,
         seed: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         to: FilePath | None = None,
@@ -450,7 +454,7 @@ class Session:
         steer: Steering = None,
         temperature: float = 0.0,
         seed: int | Sequence[int] | None = None,
-        chat: bool = False,
+        chat: Chat = False,
         lens: Mapping[str, Any] | bool | None = None,
         **options: Any,
     ) -> Any:
@@ -486,10 +490,10 @@ class Session:
         asked = max_new_tokens, temperature, seed, options
         spec, single = build.run("generate", prompt, steer, *asked, chat=chat, fewest=1)
         spec = build.acting(replace(spec, lens=build.lens_from(lens)))
-        steers = build.steers(steer)
+        steers = build.steers(steer, len(spec.prompts))
 
         def assemble(result: RunResult) -> Any:
-            rows = [result.generation(row, self._decode, steers) for row in result.rows]
+            rows = [result.generation(row, self._decode, steers[row]) for row in result.rows]
             return rows[0] if single else rows
 
         return client.run(spec, assemble)
@@ -507,7 +511,7 @@ class Session:
         op: str | None = None,
         temperature: float = 0.0,
         seed: int | Sequence[int] | None = None,
-        chat: bool = False,
+        chat: Chat = False,
         **options: Unpack[SamplingOptions],
     ) -> Sweep:
         """Continue one prompt under several coefficients of a vector, in one batched run.
@@ -568,7 +572,7 @@ class Session:
         read: Read = "last",
         write: Any = "all",
         op: str = "add",
-        chat: bool = False,
+        chat: Chat = False,
         progress: bool = True,
     ) -> SteeringVector:
         """Turn contrast pairs into a steering vector and keep it as `session.vectors[name]`.
@@ -603,13 +607,15 @@ class Session:
         read : {"last", "label", "mean"}, int, slice, (int, int) or str
             Which tokens' activation is read in each text: the last one; the first one in which the two sides differ
             (with a `Sample`, in which its answers differ); the mean over all; one index, negative from the end; or the
-            mean over a span, a slice or (start, stop), or text such as "3-7" with both ends. Means leave out special
-            tokens and a text's first, where attention rests and activations can be a hundred times as long; as text
-            that ends in "+special" they take them in: "mean+special", "0-7+special".
+            mean over a span, a slice or (start, stop), or text such as "3-7" with both ends; of conversations the mean
+            over the last message of a role ("user", "assistant", …), or over one by its number ("turn:0"). Means leave
+            out special tokens and a text's first, where attention rests and activations can be a hundred times as
+            long; as text that ends in "+special" they take them in: "mean+special", "0-7+special".
         write, op
             How the vector is written where nothing else is asked for, as in `nblens.Steer`.
-        chat : bool
-            Send each text, or each `Sample`'s prompt, as a user's turn through the chat template.
+        chat : bool or mapping
+            Send each text, or each `Sample`'s prompt, as a user's turn through the chat template; a mapping: with
+            these of its options. A side or prompt may be a conversation, too.
         progress : bool
             Show a bar when the extraction takes more than two seconds.
 

@@ -44,6 +44,7 @@ __all__ = [
     "Span",
     "SteeringWrite",
     "TokensSampled",
+    "Turn",
 ]
 
 LENS_METRICS = ("entropy", "kl", "rank")
@@ -61,6 +62,17 @@ Span = tuple[int, int]
 
 LENS_KINDS = ("tuned", "jacobian")
 """Lenses that have translators: affine, fitted to the model's output; or the mean Jacobian of the last block."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: the tokens that hold its content."""
+
+    role: str
+    start: int
+    """absolute position of the first"""
+    stop: int
+    """the one after the last; as `start` where no token is known to hold it"""
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,8 @@ class RunSpec:
     """prompt tokens per step over all rows; None: chosen from the model's size"""
     watched: bool = False
     """somebody is looking: read out decoded tokens every 100 ms instead of every 64 steps"""
+    turns: tuple[tuple[Turn, ...], ...] = ()
+    """for each prompt the messages that it was made of; empty: no prompt is a conversation"""
     templates: tuple[str, ...] = ()
     """what was done with the chat template for each prompt, in words; of no account for the run"""
 
@@ -223,6 +237,8 @@ class ScoredText:
     """tokens of each answer, one more than `ids` holds: all share what was fed and differ in the last"""
     label: int | None = None
     """position of the answers' label"""
+    turns: tuple[Turn, ...] = ()
+    """the messages of a prompt that is a conversation"""
 
 
 @dataclass(frozen=True)

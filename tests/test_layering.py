@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "steering": GROUND | {"model", "text", "plots"},
     "engine": GROUND | {"model", "readout", "lens", "steering"},
     "backends": GROUND | {"model", "planning", "engine", "text"},
-    "options": GROUND | {"steering"},
+    "options": GROUND | {"model", "steering"},
     "builder": GROUND | {"model", "lens", "steering", "options"},
     "extractor": GROUND | {"model", "steering", "progress", "builder"},
     "results": GROUND | {"model", "lens", "steering", "plots"},

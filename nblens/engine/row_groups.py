@@ -105,6 +105,7 @@ def _part(spec: RunSpec, rows: Sequence[int]) -> RunSpec:
     return replace(
         spec,
         prompts=_pick(spec.prompts, rows),
+        turns=_pick(spec.turns, rows),
         templates=_pick(spec.templates, rows),
         generation=generation,
         capture=capture,

@@ -86,7 +86,7 @@ class Runs:
     def _serve_group(self, spec: RunSpec, emit: Emit, control: RowControl) -> None:
         """Run once, or again in smaller steps where memory ran out."""
         runner = self._runner
-        batch = runner.batch(spec.prompts)
+        batch = runner.batch(spec.prompts, turns=spec.turns)
         usual = self._chunk(spec)
         first, fewest = spec.chunk or usual, runner.batching.fewest(batch.rows, batch.width)
 
@@ -96,7 +96,7 @@ class Runs:
             try:
                 run.execute()
             except NumericalError as error:
-                fed = runner.batch(run.fed, prompt_lengths=batch.lengths)
+                fed = runner.batch(run.fed, prompt_lengths=batch.lengths, turns=batch.turns)
                 raise located(runner, error, fed, spec.steering, run.coefficients) from error
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -85,6 +85,7 @@ class Scoring:
             [text.ids for text in texts],
             prompt_lengths=[text.prompt_length for text in texts],
             labels=None if None in labels else labels,
+            turns=[text.turns for text in texts],
         )
         parts = self._states(batch)
         if self._control.cancelled:  # parts may be of unlike widths

@@ -15,9 +15,9 @@ from nblens.evaluation.measurement import Measurement
 from nblens.evaluation.scorer import EncodedSamples, Scorer
 from nblens.extractor import Extractor
 from nblens.layers import parse_layers
+from nblens.model.chats import template_words
 from nblens.model.sites import check_site
 from nblens.specs import SteeringWrite
-from nblens.model.tokens import template_words
 from nblens.steering.reach import check_scored, is_reached, neutral_text, scored_texts
 from nblens.steering.report import SteerabilityReport
 from nblens.steering.samples import as_samples
@@ -106,7 +106,7 @@ class Evaluation:
         response = DoseResponse(coefficients, values[:n_own])
         linear_limit = choice.linear_limit if choice else None
         fitted = response if linear_limit is None else response.within(linear_limit)
-        prompts = [sample.prompt for sample in own.encoded[:_N_PROMPTS]]
+        continued = own.encoded[:_N_PROMPTS]
         return SteerabilityReport(
             name=vector.name,
             model=vector.model,
@@ -121,7 +121,7 @@ class Evaluation:
             dose_response=response,
             linear_limit=linear_limit,
             out_of_distribution=DoseResponse(coefficients, values[n_own:]) if other else None,
-            side_effects=self.scorer.side_effects(neutral, dose, prompts, self.how.seed) if neutral else None,
+            side_effects=self.scorer.side_effects(neutral, dose, continued, self.how.seed) if neutral else None,
             kl_budget=self.how.kl_budget,
             layer_slopes=choice.slopes if choice else {},
             chosen_layer=choice.block if choice else None,

@@ -50,7 +50,7 @@ def split(samples: Sequence[Sample], seed: int) -> Splits:
         There are fewer than 8 samples, or than 4 of each letter, or a letter is never the positive answer.
     """
     lettered = all(letter_of(sample.positive) for sample in samples)
-    samples = list(dict.fromkeys(samples))  # the same one must not stand in two splits
+    samples = list({repr(s): s for s in samples}.values())  # the same one must not stand in two splits
     kept = balanced(samples, seed)[0] if lettered else samples
     n_letters = len({letter_of(sample.positive) for sample in kept}) if lettered else 1
     fewest = max(_FEWEST, 4 * n_letters)

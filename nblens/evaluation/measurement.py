@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypedDict
 
 from nblens.errors import UserError
+from nblens.model.chats import Chat
 from nblens.options import UnexpectedKeywordError, listed
 from nblens.steering.steer import check_coefficient
 
@@ -43,8 +44,8 @@ class Measurement:
         Mean KL(unsteered ‖ steered) on neutral text, nats per token, that a coefficient may cost.
     n_random, n_shuffles : int
         How many controls of each kind.
-    chat : bool
-        Send prompts as a user's turn through the chat template.
+    chat : bool or mapping
+        Send prompts as a user's turn through the chat template; a mapping: with these of its options.
     seed : int
         Of splits, controls and sampled text.
     progress : bool
@@ -62,7 +63,7 @@ class Measurement:
     kl_budget: float = 0.5
     n_random: int = 32
     n_shuffles: int = 32
-    chat: bool = False
+    chat: Chat = False
     seed: int = 0
     progress: bool = True
 
@@ -101,7 +102,7 @@ class MeasurementOptions(TypedDict, total=False):
     kl_budget: float
     n_random: int
     n_shuffles: int
-    chat: bool
+    chat: Chat
     seed: int
     progress: bool
 

@@ -20,6 +20,7 @@ from nblens.specs import (
     ScoringSpec,
     SteeringWrite,
     TokensSampled,
+    Turn,
     finished,
 )
 from nblens.steering.samples import Sample, letter_of
@@ -95,10 +96,12 @@ class Scorer:
         kl, _ = self._neutral(texts, doses, what)
         return kl
 
-    def side_effects(self, texts: Sequence[Ids], dose: Dose, prompts: Sequence[Ids], seed: int) -> SideEffects:
+    def side_effects(
+        self, texts: Sequence[Ids], dose: Dose, samples: Sequence[AnsweredPrompt], seed: int
+    ) -> SideEffects:
         """What a dose does to neutral texts, and to the variety of what is written after some prompts."""
         (kl,), logprobs = self._neutral(texts, [dose], "side effects")
-        distinct = self._distinct(prompts, dose, seed)
+        distinct = self._distinct(samples, dose, seed)
         return SideEffects(
             np.array(dose.coefficients),
             kl_mean=kl.mean(1),
@@ -122,17 +125,17 @@ class Scorer:
         kl = np.concatenate([s.kl for s in scores], 1).astype(np.float64)[1:]
         return np.split(kl, np.cumsum([len(dose.coefficients) for dose in doses])[:-1]), logprobs
 
-    def _distinct(self, prompts: Sequence[Ids], dose: Dose, seed: int) -> np.ndarray:
+    def _distinct(self, samples: Sequence[AnsweredPrompt], dose: Dose, seed: int) -> np.ndarray:
         """Distinct-1 and distinct-2 of sampled continuations, mean over prompts, (2, n_coefficients)."""
         if dose.write == "label":  # what is written next stands where an answer's label would
             dose = replace(dose, write="last")
-        if self.context is not None:
-            prompts = [prompt[-max(1, self.context - _NEW_TOKENS) :] for prompt in prompts]
+        prompts, turns = zip(*(self._cut(sample) for sample in samples), strict=True)
         n_settings, (write,) = settings_of([dose])
         rows = len(prompts) * n_settings
         repeated = tuple(prompt for prompt in prompts for _ in range(n_settings))
         spec = RunSpec(
             repeated,
+            turns=tuple(own for own in turns for _ in range(n_settings)),
             generation=GenerationSpec(_NEW_TOKENS, temperature=1.0, seeds=(seed,) * rows),
             steering=(replace(write, coefficients=write.coefficients * len(prompts)),),
         )
@@ -147,6 +150,14 @@ class Scorer:
         mean = np.full(total.shape, np.nan)
         np.divide(total, known.sum(1), out=mean, where=known.any(1))
         return mean
+
+    def _cut(self, sample: AnsweredPrompt) -> tuple[Ids, tuple[Turn, ...]]:
+        """A prompt without its beginning where nothing could be written after it; its messages move with it."""
+        n_out = 0 if self.context is None else max(0, len(sample.prompt) - max(1, self.context - _NEW_TOKENS))
+        turns = (
+            replace(turn, start=max(0, turn.start - n_out), stop=max(0, turn.stop - n_out)) for turn in sample.turns
+        )
+        return sample.prompt[n_out:], tuple(turns)
 
     def _score(self, spec: ScoringSpec, what: str) -> list[Scores]:
         with progress_bar(what, shown=self.progress, total=len(spec.texts)) as watch:
@@ -167,8 +178,10 @@ def _texts_of(sample: AnsweredPrompt) -> list[tuple[ScoredText, tuple[int, ...]]
     fed = [ids[:-1] for ids in sample.ids]
     positive, negative = sample.answers
     if fed[0] == fed[1]:
-        return [(ScoredText(fed[0], sample.prompt_length, (positive, negative), sample.labels[0]), (1, -1))]
+        return [
+            (ScoredText(fed[0], sample.prompt_length, (positive, negative), sample.labels[0], sample.turns), (1, -1))
+        ]
     return [
-        (ScoredText(own, sample.prompt_length, (answer,), label), (sign,))
+        (ScoredText(own, sample.prompt_length, (answer,), label, sample.turns), (sign,))
         for own, answer, label, sign in zip(fed, (positive, negative), sample.labels, (1, -1), strict=True)
     ]

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nblens.errors import UserError, shown
-from nblens.model.tokens import chat_text, check_characters, check_ids, n_shared, tokenize
+from nblens.model.chats import Chat, Conversation, Templated, templated, turns_among
+from nblens.model.prompts import as_conversation
+from nblens.model.tokens import check_characters, check_ids, n_shared, tokenize
+from nblens.specs import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["AnsweredPrompt", "encode_answers", "n_shared"]
+__all__ = ["AnsweredPrompt", "encode_answers", "n_shared", "opening_of"]
 
 Ids = tuple[int, ...]
 
@@ -27,6 +30,8 @@ class AnsweredPrompt:
     """how many tokens hold the prompt alone, the same in all"""
     labels: Ids
     """position of each answer's label: the token that holds the first character in which the answers differ"""
+    turns: tuple[Turn, ...] = ()
+    """the messages of a prompt that is a conversation"""
 
     @property
     def prompt(self) -> Ids:
@@ -41,10 +46,10 @@ class AnsweredPrompt:
 
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Conversation,
     answers: Sequence[str],
     *,
-    chat: bool,
+    chat: Chat,
     vocab_size: int,
     room: int | None,
 ) -> AnsweredPrompt:
@@ -55,12 +60,12 @@ def encode_answers(
 
     Parameters
     ----------
-    prompt : str
-        May be empty: then the answers are whole texts.
+    prompt : str or sequence of mapping
+        May be empty: then the answers are whole texts. Messages, or a text under `chat`, come in the chat template.
     answers : sequence of str
         Two or more, none the beginning of another.
     chat, vocab_size, room
-        As in `nblens.model.tokens.encode`.
+        As in `nblens.model.prompts.encode_prompt`.
 
     Raises
     ------
@@ -71,28 +76,39 @@ def encode_answers(
         raise UserError("where an answer begins is read from token offsets, and this model's slow tokenizer has none")
     if missing := [answer for answer in answers if not isinstance(answer, str) or not answer]:
         raise UserError(f"an answer must be text, got {shown(missing[0])}")
-    for what, text in (("the prompt", prompt), *(("an answer", answer) for answer in answers)):
-        check_characters(what, text)
+    for answer in answers:
+        check_characters("an answer", answer)
+    opening = opening_of(tokenizer, prompt, chat)
     differ = n_shared(answers)
     if short := [answer for answer in answers if len(answer) <= differ]:
         raise UserError(
             f"answer {shown(short[0])} is the beginning of the other, or the same; where they part is unknown"
         )
-    opening = chat_text(tokenizer, prompt) if chat else prompt
-    encoded = [tokenize(tokenizer, opening + answer, special=not chat, most=room) for answer in answers]
+    before, special = opening.text, opening.spans == ()
+    encoded = [tokenize(tokenizer, before + answer, special=special, most=room) for answer in answers]
     ids = tuple(one.ids for one in encoded)
     for tokenized in encoded:
         check_ids(tokenized.ids, vocab_size, room, tokenizer, whole=tokenized.whole)
     offsets = [one.offsets or () for one in encoded]
-    begins = [_first_reaching(own, len(opening)) for own in offsets]
+    begins = [_first_reaching(own, len(before)) for own in offsets]
     shared = n_shared(ids)
     labels: list[int] = []
     for answer, one, own in zip(answers, ids, offsets, strict=True):
-        label = _label(own, len(opening) + differ, shared)
+        label = _label(own, len(before) + differ, shared)
         if label is None:
             raise UserError(f"no token of its own tells answer {shown(answer)} from the others ({len(one)} tokens)")
         labels.append(label)
-    return AnsweredPrompt(ids, min(shared, *(begin for begin in begins if begin is not None)), tuple(labels))
+    begin = min(shared, *(begin for begin in begins if begin is not None))
+    return AnsweredPrompt(ids, begin, tuple(labels), turns_among(encoded[0], opening.spans))
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation, chat: Chat) -> Templated:
+    """What stands before an answer: a text as it is, or messages in the chat template, which have spans."""
+    conversation = as_conversation(prompt)
+    if conversation is None and chat is False:
+        check_characters("the prompt", str(prompt))
+        return Templated(str(prompt))
+    return templated(tokenizer, prompt if conversation is None else conversation, chat)
 
 
 def _label(offsets: Sequence[tuple[int, int]], character: int, shared: int) -> int | None:

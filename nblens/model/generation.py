@@ -20,7 +20,7 @@ import torch
 from nblens.errors import NblensError, NumericalError, UserError, first_line, is_out_of_memory, shown
 from nblens.model.batching import Batching
 from nblens.model.hooks import Instrumentation
-from nblens.specs import GenerationSpec
+from nblens.specs import GenerationSpec, Turn
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, PreTrainedModel
@@ -96,6 +96,8 @@ class Batch:
     """int64 (rows,) on the CPU: how many of them are prompt; the rest stands as if it had been generated"""
     labels: tuple[int, ...] | None = None
     """position of each row's label, which may be the one after the last token"""
+    turns: tuple[tuple[Turn, ...], ...] = ()
+    """the messages of each row; empty: no row is a conversation"""
 
     @classmethod
     def of(
@@ -105,6 +107,7 @@ class Batch:
         device: torch.device,
         prompt_lengths: Sequence[int] | None = None,
         labels: Sequence[int] | None = None,
+        turns: Sequence[tuple[Turn, ...]] = (),
     ) -> Batch:
         """Pad rows on the left; without `prompt_lengths` they are prompts from end to end."""
         lengths = tuple(map(len, rows))
@@ -112,7 +115,7 @@ class Batch:
         ids = torch.tensor([[pad_id] * (width - len(r)) + list(r) for r in rows], device=device)
         mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths], device=device)
         prompts = torch.tensor(lengths if prompt_lengths is None else prompt_lengths)
-        return cls(ids, mask, lengths, prompts, None if labels is None else tuple(labels))
+        return cls(ids, mask, lengths, prompts, None if labels is None else tuple(labels), tuple(turns))
 
     def repeated(self, times: int) -> Batch:
         """Every row so many times, one after the other."""
@@ -122,6 +125,7 @@ class Batch:
             tuple(length for length in self.lengths for _ in range(times)),
             self.prompt_lengths.repeat_interleave(times),
             None if self.labels is None else tuple(label for label in self.labels for _ in range(times)),
+            tuple(turns for turns in self.turns for _ in range(times)),
         )
 
     @cached_property

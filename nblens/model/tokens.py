@@ -1,4 +1,4 @@
-"""Prompts → token ids, and token ids → the text that a person sees."""
+"""Text → token ids, and token ids → the text that a person sees."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from nblens.errors import UserError, first_line, shown, warn_caller
+from nblens.errors import UserError, shown, warn_caller
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,10 +16,8 @@ if TYPE_CHECKING:
 __all__ = [
     "TokenTexts",
     "TokenizedText",
-    "as_prompts",
     "beyond_vocabulary",
     "bytes_shown",
-    "chat_text",
     "check_characters",
     "check_ids",
     "decoded",
@@ -52,45 +49,10 @@ class TokenizedText:
     """False: the text goes on, and has more tokens than were asked for"""
 
 
-def as_prompts(prompt: Any) -> tuple[list[str | list[int]], bool]:
-    """Sort out what was given: (prompts, whether it was a single one).
-
-    A string or a sequence of ints is one prompt; a sequence of those is several.
-
-    Raises
-    ------
-    UserError
-        It is none of these, or empty.
-    """
-    if isinstance(prompt, str):
-        return [prompt], True
-    if hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise UserError(f"a prompt is text, token ids, or a list of these; got {type(prompt).__name__}")
-    if (ids := _as_ids(prompt)) is not None:
-        return [ids], True
-    prompts: list[str | list[int]] = []
-    for item in prompt:
-        one = item if isinstance(item, str) else _as_ids(item)
-        if one is None:
-            raise UserError(f"a prompt is text, token ids, or a list of these; got a list with {shown(item)}")
-        prompts.append(one)
-    return prompts, False
-
-
-def _as_ids(value: Any) -> list[int] | None:
-    """A sequence of ints as a list, None for anything else."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return None
-    return [int(item) for item in value] if all(isinstance(item, Integral) for item in value) else None
-
-
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | list[int],
     *,
-    chat: bool,
     vocab_size: int,
     room: int | None,
     longest: int | None = None,
@@ -99,8 +61,6 @@ def encode(
 
     Parameters
     ----------
-    chat : bool
-        Send the text as a user's turn through the tokenizer's chat template.
     vocab_size : int
         Ids must be below it.
     room : int, optional
@@ -111,7 +71,7 @@ def encode(
     Raises
     ------
     UserError
-        The prompt is empty, too long, holds unknown ids, or there is no chat template.
+        The prompt is empty, too long, or holds unknown ids.
     """
     if isinstance(prompt, list):
         _warn_of_two_beginnings(tokenizer, prompt)
@@ -119,13 +79,10 @@ def encode(
         check_ids(ids, vocab_size, room)
         return tuple(ids)
     check_characters("the prompt", prompt)
-    if not chat and not prompt:
+    if not prompt:
         raise UserError("the prompt is empty")
-    if chat:
-        _warn_of_two_templates(tokenizer, prompt)
-    text = chat_text(tokenizer, prompt) if chat else prompt
     bounds = [n for n in (room, longest) if n is not None]
-    tokenized = tokenize(tokenizer, text, special=not chat, most=min(bounds, default=None))
+    tokenized = tokenize(tokenizer, prompt, special=True, most=min(bounds, default=None))
     if len(tokenized.ids) <= tokenized.n_before:
         raise UserError(f"the prompt {shown(prompt)} holds no token: this model's tokenizer drops all of it")
     of_text = tokenized.ids[:longest]
@@ -222,16 +179,6 @@ def _warn_of_two(tokenizer: PreTrainedTokenizerBase, token_id: int, why: str) ->
     warn_caller(f"the prompt begins with {shown(name)} twice: {why}")
 
 
-def _warn_of_two_templates(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    carried = tokenize(tokenizer, prompt.lstrip()[:256], special=False).ids[:1]
-    if carried and carried[0] in special_ids(tokenizer):
-        name = tokenizer.convert_ids_to_tokens(carried[0])
-        warn_caller(
-            f"the message begins with the special token {shown(name)}, and chat=True puts it into the chat template: "
-            "leave chat out for a text that is templated already"
-        )
-
-
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the tokens that are no text: beginnings, ends, turns of a chat; an unknown word is text."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
@@ -278,30 +225,6 @@ def beyond_vocabulary(what: str, tokenizer: PreTrainedTokenizerBase, token_id: i
         f"{what} {shown(piece)}, which has id {token_id} in the tokenizer and is outside the model's vocabulary of "
         f"{vocab_size}; resize the model's embeddings and train them, or leave it out"
     )
-
-
-def chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """A user's turn in the model's chat template, up to where the model's own turn begins.
-
-    Raises
-    ------
-    UserError
-        There is no chat template, it failed, or what it makes is no text.
-    """
-    if not tokenizer.chat_template:
-        raise UserError("this model's tokenizer has no chat template; leave chat out")
-    message = [{"role": "user", "content": prompt}]
-    try:
-        text = str(tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program of the checkpoint's author
-        kind = "" if str(error) else f"{type(error).__name__} "
-        raise UserError(f"the chat template failed: {kind}{first_line(error)}") from error
-    check_characters("what the chat template makes", text)
-    if not text:
-        raise UserError("the chat template makes nothing of a user's turn; leave chat out")
-    return text
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()) -> str:

@@ -6,7 +6,7 @@ import torch
 
 from nblens.errors import UserError
 from nblens.model.generation import Batch
-from nblens.steering.steer import write_range
+from nblens.steering.steer import is_turn, turns_written, write_range
 
 __all__ = ["first_written", "written_columns"]
 
@@ -49,5 +49,16 @@ def _chosen(write: str, position: torch.Tensor, batch: Batch) -> torch.Tensor:
         if batch.labels is None:
             raise UserError("write position 'label' needs answers to be scored; in other runs write at 'last'")
         return position == torch.tensor(batch.labels)[:, None] - 1
+    if is_turn(write):
+        return _of_turns(write, position, batch)
     start, stop = write_range(write)
     return (position >= start) & (position < (torch.inf if stop is None else stop))
+
+
+def _of_turns(write: str, position: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Tell which positions (rows, width) are of a role's messages, or of one message; in plain text none is."""
+    chosen = torch.zeros_like(position, dtype=torch.bool)
+    for row, turns in enumerate(batch.turns):
+        for start, stop in turns_written(write, turns, int(batch.prompt_lengths[row])):
+            chosen[row] |= (position[row] >= start) & (position[row] < (torch.inf if stop is None else stop))
+    return chosen

@@ -8,15 +8,15 @@ alone. What cannot act would otherwise come out as a finding: a slope of 0, a co
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nblens.errors import UserError, warn_caller
 from nblens.layers import format_layers
 from nblens.model.answers import AnsweredPrompt, n_shared
 from nblens.model.sites import SITES
-from nblens.specs import RunSpec, SteeringWrite
+from nblens.specs import RunSpec, SteeringWrite, Turn
 from nblens.steering.operations import REST
-from nblens.steering.steer import write_range
+from nblens.steering.steer import is_turn, turns_written, write_range
 
 __all__ = [
     "Fed",
@@ -41,15 +41,16 @@ class Reading:
     block: int
     positions: Sequence[int]
 
-    def sees(self, site: str, block: int, written: range) -> bool:
+    def sees(self, site: str, block: int, written: Sequence[int]) -> bool:
         """Tell whether what is written at some positions of a place can change what is read here."""
         if not self.positions or not written or self.place < (block, _ORDER[site]):
             return False
         # of its own block a vector passes the attention only where it is written before it
         attention = block + (_ORDER[site] >= _ORDER["attn_out"])
-        if self.place >= (attention, _ORDER["attn_out"]) and written.start <= self.positions[-1]:
+        if self.place >= (attention, _ORDER["attn_out"]) and written[0] <= self.positions[-1]:
             return True
-        return any(position in written for position in self.positions)
+        inside = written if isinstance(written, range) else frozenset(written)
+        return any(position in inside for position in self.positions)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -66,10 +67,14 @@ class Fed:
     """of the prompt and what follows it; what is said last is not fed"""
     readings: tuple[Reading, ...]
     label: int | None = None
+    turns: tuple[Turn, ...] = ()
 
-    def written(self, write: str) -> range:
-        """The positions that a kind of write position stands for."""
+    def written(self, write: str) -> Sequence[int]:
+        """The positions that a kind of write position stands for, ascending."""
         fed = range(self.length)
+        if is_turn(write):
+            spans = turns_written(write, self.turns, self.prompt_length)
+            return tuple(position for start, stop in spans for position in fed[start:stop])
         named = {
             "all": fed,
             "prompt": fed[: self.prompt_length],
@@ -117,14 +122,14 @@ def check_run(spec: RunSpec, n_blocks: int) -> None:
     rows = [_fed(spec, row, n_blocks) for row in range(len(spec.prompts))] if on else []
     if not any(reading.positions for row in rows for reading in row.readings):
         return
-    dumb = [write for write in on if not is_reached(write, rows)]
+    dumb = [write for write in on if not is_reached(write, _steered(write, rows))]
     if not dumb:
         return
-    reason = _why(dumb[0], rows, _generated_hint(spec))
+    reason = _why(dumb[0], _steered(dumb[0], rows), _generated_hint(spec))
     if len(dumb) < len(on):
         warn_caller(reason)
     elif spec.lens is not None and "kl" in spec.lens.metrics:
-        whole = [Fed(row.prompt_length, row.length, (_last(n_blocks, range(row.length)),)) for row in rows]
+        whole = [replace(row, readings=(_last(n_blocks, range(row.length)),)) for row in _steered(dumb[0], rows)]
         if not is_reached(dumb[0], whole):
             raise UserError(reason)
         warn_caller(f"{reason}; of what is read only kl_to_final can change")
@@ -151,7 +156,7 @@ def scored_texts(sample: AnsweredPrompt, n_blocks: int) -> list[Fed]:
     """What is fed of a sample for each answer, and where the answers are told apart: all before cancels out."""
     first = n_shared(sample.ids) - 1
     return [
-        Fed(sample.prompt_length, len(ids) - 1, (_last(n_blocks, range(first, len(ids) - 1)),), label)
+        Fed(sample.prompt_length, len(ids) - 1, (_last(n_blocks, range(first, len(ids) - 1)),), label, sample.turns)
         for ids, label in zip(sample.ids, sample.labels, strict=True)
     ]
 
@@ -165,6 +170,11 @@ def neutral_text(ids: Sequence[int], n_blocks: int) -> Fed:
 def is_reached(write: SteeringWrite, texts: Iterable[Fed]) -> bool:
     """Tell whether a vector can change anything that is read of some texts."""
     return any(text.reached(write) for text in texts)
+
+
+def _steered(write: SteeringWrite, rows: Sequence[Fed]) -> list[Fed]:
+    """The rows in which a vector is on: each prompt may have a setting of its own."""
+    return [row for row, strength in zip(rows, write.coefficients, strict=True) if strength is not None]
 
 
 def _is_on(write: SteeringWrite) -> bool:
@@ -189,7 +199,7 @@ def _fed(spec: RunSpec, row: int, n_blocks: int) -> Fed:
     if spec.capture:
         kept = spec.capture.positions[row] if spec.capture.positions else fed
         readings.append(_deepest(spec.capture.sites, spec.capture.blocks, kept))
-    return Fed(n_prompt, len(fed), tuple(readings))
+    return Fed(n_prompt, len(fed), tuple(readings), turns=spec.turns[row] if spec.turns else ())
 
 
 def _deepest(sites: Sequence[str], blocks: Sequence[int], positions: Sequence[int]) -> Reading:
@@ -208,6 +218,10 @@ def _why(write: SteeringWrite, texts: Sequence[Fed], generated: str) -> str:
     if not any(text.written(write.write) for text in texts):
         if write.write == "generated":
             return f"{write.name!r} is written at 'generated', and no such token is fed: {generated}"
+        if is_turn(write.write):
+            turns = dict.fromkeys(turn.role for text in texts for turn in text.turns)
+            known = f"its messages are {', '.join(turns)}" if turns else "it is no conversation: give messages, or chat"
+            return f"{write.name!r} is written at {write.write!r}, and the prompt has no such message; {known}"
         longest = max(text.length for text in texts)
         return (
             f"{write.name!r} is written at positions {write.write}, beyond the {longest} tokens that are fed; "

@@ -8,7 +8,8 @@ from numbers import Integral
 from typing import Any
 
 from nblens.errors import UserError, shown
-from nblens.specs import Span
+from nblens.specs import Span, Turn
+from nblens.steering.steer import ROLES, is_turn, turns_written
 
 __all__ = [
     "READ_POSITIONS",
@@ -33,7 +34,7 @@ WITH_SPECIAL = "+special"
 _SPAN = re.compile(r"\s*(-?\d+)\s*-\s*(-?\d+)\s*")
 
 
-def read_span(read: Read, length: int, label: int | None = None) -> Span:
+def read_span(read: Read, length: int, label: int | None = None, turns: Sequence[Turn] = ()) -> Span:
     """The positions of a text that are read: from a first up to, not including, a last.
 
     >>> read_span("3-7", 20), read_span((3, 8), 20), read_span(-2, 20), read_span("mean", 20)
@@ -45,11 +46,14 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
     ----------
     read : {"last", "label", "mean"}, int, slice, (int, int) or str
         The last token, the label, the mean over a text, the token at an absolute index (negative: from the end),
-        or the mean over a span: a slice or (start, stop) as Python counts, or text such as "3-7" with both ends.
+        or the mean over a span: a slice or (start, stop) as Python counts, or text such as "3-7" with both ends. Of a
+        conversation the mean over the last message of a role ("user", …), or over one by its number ("turn:0").
     length : int
         Tokens of the text.
     label : int, optional
         Where its label stands.
+    turns : sequence of Turn
+        Its messages.
 
     Raises
     ------
@@ -58,6 +62,8 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
     """
     check_read(read)
     read = _without_ending(read)
+    if isinstance(read, str) and is_turn(read):
+        return _of_turn(read, length, turns)
     if isinstance(read, str) and read in READ_POSITIONS:
         if read == "label" and label is None:
             raise UserError("this text has no label to read")
@@ -75,9 +81,10 @@ def read_span(read: Read, length: int, label: int | None = None) -> Span:
 def check_read(read: Read) -> None:
     """Raise `UserError` unless it is one of the forms of a read position, whatever the text."""
     mean = _without_ending(read)
-    if mean != read and mean != "mean" and not _SPAN.fullmatch(mean):
+    if mean != read and mean != "mean" and not is_turn(mean) and not _SPAN.fullmatch(mean):
         raise _unknown(read)
-    if mean not in READ_POSITIONS and not (isinstance(mean, Integral) and not isinstance(mean, bool)):
+    named = isinstance(mean, str) and (mean in READ_POSITIONS or is_turn(mean))
+    if not named and not (isinstance(mean, Integral) and not isinstance(mean, bool)):
         _ends(mean)
 
 
@@ -116,7 +123,7 @@ def read_words(read: str) -> str:
     """
     mean = _without_ending(read)
     span = _SPAN.fullmatch(mean)
-    if mean != "mean" and (span is None or span[1] == span[2]):
+    if mean != "mean" and not is_turn(mean) and (span is None or span[1] == span[2]):
         return read
     return f"{mean} with special tokens" if takes_special(read) else f"{mean} without special and first tokens"
 
@@ -139,7 +146,21 @@ def _without_ending(read: Any) -> Any:
 
 def _unknown(read: Any) -> UserError:
     known = ", ".join(READ_POSITIONS)
-    return UserError(f"read position {shown(read)} is unknown; one of {known}, an index, or a span such as 3-7")
+    return UserError(
+        f"read position {shown(read)} is unknown; one of {known}, an index, a span such as 3-7, or in a conversation "
+        f"{', '.join(ROLES)} or turn:N"
+    )
+
+
+def _of_turn(read: str, length: int, turns: Sequence[Turn]) -> Span:
+    """The tokens of the last message that is meant."""
+    spans = turns_written(read, turns, length)
+    given = [(start, stop) for start, stop in spans if stop is not None]
+    if not given:
+        roles = ", ".join(dict.fromkeys(turn.role for turn in turns))
+        known = f"its messages are {roles}" if roles else "it is no conversation: give messages, or chat"
+        raise UserError(f"read position {read!r}: a text has no such message; {known}")
+    return given[-1]
 
 
 def _index(index: int, length: int) -> Span:

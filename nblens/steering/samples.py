@@ -16,6 +16,8 @@ from typing import Any
 
 from nblens.errors import FileFormatError, UserError, first_line
 from nblens.files import expanded, read_whole
+from nblens.model.chats import Conversation
+from nblens.model.prompts import as_conversation
 from nblens.model.tokens import check_characters
 
 __all__ = ["Pair", "Sample", "as_pairs", "as_samples", "balanced", "letter_of"]
@@ -28,10 +30,11 @@ class Sample:
     >>> Sample("Do you like rain? Answer: (", "A", "B").positive
     'A'
 
-    What the model reads is the prompt directly followed by an answer: a space between them belongs to the answer.
+    What the model reads is the prompt directly followed by an answer: a space between them belongs to the answer. A
+    prompt may be a conversation, as a sequence of messages; the answer is then the beginning of the model's turn.
     """
 
-    prompt: str
+    prompt: str | Conversation
     positive: str
     negative: str
 
@@ -216,11 +219,13 @@ def _pair(place: str, row: Any) -> Pair:
         _check_text(f"{place}: the {side} text", answer)
     if _is_missing(prompt) or (isinstance(prompt, str) and not prompt):
         return answers[0], answers[1]
+    conversation = as_conversation(prompt)
     for what, text in zip(("prompt", *_ANSWERS), (prompt, *answers), strict=True):
-        if not isinstance(text, str):
+        if not isinstance(text, str) and not (what == "prompt" and conversation):
             raise UserError(f"{place}: the {what} must be text, got {_short(text)}")
-    _check_text(f"{place}: the prompt", prompt)
-    return Sample(str(prompt), str(answers[0]), str(answers[1]))
+    if conversation is None:
+        _check_text(f"{place}: the prompt", prompt)
+    return Sample(str(prompt) if conversation is None else conversation, str(answers[0]), str(answers[1]))
 
 
 def _is_two(row: Any) -> bool:

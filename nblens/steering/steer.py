@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -11,19 +12,27 @@ from typing import Any
 import numpy as np
 
 from nblens.errors import UserError, escaped
+from nblens.specs import Turn
 
 __all__ = [
+    "ROLES",
     "STEER_OPS",
     "WRITE_POSITIONS",
     "Steer",
     "check_coefficient",
     "check_write",
+    "is_turn",
+    "turns_written",
     "write_range",
 ]
 
 WRITE_POSITIONS = ("all", "prompt", "generated", "label", "last")
 """Where a vector is written: every token, the prompt's, the generated ones, the one from which an answer's label is
-predicted, or the prompt's last. Beside these names, a range of absolute positions such as "4-9"."""
+predicted, or the prompt's last. Beside these names, a range of absolute positions such as "4-9", and in conversations
+one of `ROLES` or a message's number such as "turn:-1"."""
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+"""Whose messages a vector is written or read at: their content, and for the assistant what is generated, too."""
 
 STEER_OPS = {
     "add": "h + λv",
@@ -34,6 +43,7 @@ STEER_OPS = {
 }
 """What is done with a vector v of coefficient λ to an activation h."""
 
+_TURN = re.compile(r"turn:(-?\d+)")
 _RANGE = re.compile(r"(\d+)(-(\d*))?")
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -59,8 +69,9 @@ class Steer:
     layers : int, slice, str or sequence of int, optional
         Blocks to write at. None: the vector's own choice.
     write : {"all", "prompt", "generated", "label", "last"}, slice, (int, int) or str, optional
-        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends. None: the
-        vector's own choice.
+        Token positions to write at; ranges are of absolute positions, as text ("4-9") with both ends. Of a
+        conversation also the messages of a role ("user", "assistant", …), or one by its number ("turn:-1": the last
+        that was given). None: the vector's own choice.
     op : {"add", "ablate", "ablate_add", "clamp", "rotate"}, optional
         What is done with the vector; see `STEER_OPS`. None: the vector's own choice.
 
@@ -105,13 +116,38 @@ def check_write(write: Any) -> str:
         if start < 0 or (stop is not None and stop <= start):
             raise UserError(f"write positions {start}:{stop} hold no token; they count from 0 at the first")
         return f"{start}-" if stop is None else f"{start}-{stop - 1}"
-    if isinstance(write, str) and (write in WRITE_POSITIONS or _RANGE.fullmatch(write)):
-        if write not in WRITE_POSITIONS:
+    if isinstance(write, str) and (write in WRITE_POSITIONS or is_turn(write) or _RANGE.fullmatch(write)):
+        if write not in WRITE_POSITIONS and not is_turn(write):
             start, stop = write_range(write)
             if stop is not None and stop <= start:
                 raise UserError(f"write positions {write!r} hold no token; the first stands before the last")
         return write
-    raise UserError(f"write position {write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}, or a range such as 4-9")
+    raise UserError(
+        f"write position {write!r} is unknown; one of {', '.join(WRITE_POSITIONS)}, a range such as 4-9, or in a "
+        f"conversation {', '.join(ROLES)} or turn:N"
+    )
+
+
+def is_turn(position: str) -> bool:
+    """Tell whether a position is that of messages: a role's, or one by its number."""
+    return position in ROLES or _TURN.fullmatch(position) is not None
+
+
+def turns_written(position: str, turns: Sequence[Turn], prompt_length: int) -> list[tuple[int, int | None]]:
+    """First position and end (None: open) of each message that a role or a number means; see `is_turn`.
+
+    What is generated after a conversation is the assistant's.
+
+    >>> turns_written("assistant", [Turn("user", 3, 7), Turn("assistant", 9, 12)], 15)
+    [(9, 12), (15, None)]
+    """
+    if match := _TURN.fullmatch(position):
+        number = int(match[1])
+        chosen = [turns[number]] if -len(turns) <= number < len(turns) else []
+    else:
+        chosen = [turn for turn in turns if turn.role == position]
+    spans: list[tuple[int, int | None]] = [(turn.start, turn.stop) for turn in chosen if turn.start < turn.stop]
+    return [*spans, (prompt_length, None)] if turns and position == "assistant" else spans
 
 
 def write_range(write: str) -> tuple[int, int | None]:

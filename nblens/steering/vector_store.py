@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -14,10 +14,13 @@ from nblens.steering.steer import Steer
 from nblens.steering.vectors import SteeringVector
 from nblens.stores import NamedStore
 
-__all__ = ["Steering", "VectorStore", "check_name", "check_op"]
+__all__ = ["OneSetting", "Steering", "VectorStore", "check_name", "check_op", "setting_for_each"]
 
-Steering = Mapping[str, float] | Iterable[Steer] | None
+OneSetting = Mapping[str, float] | Iterable[Steer] | None
 """None: the live setting; a dict of name → coefficient; or `Steer` values."""
+
+Steering = OneSetting | Sequence[OneSetting]
+"""One setting, or a list with one for each prompt."""
 
 _MOST = 10_000  # of these
 
@@ -108,6 +111,13 @@ class VectorStore(NamedStore[SteeringVector]):
         """Put the vector's own positions and operation where none are given."""
         write, op = self.way(steer)
         return replace(steer, write=write, op=op)
+
+
+def setting_for_each(steer: Steering) -> Sequence[OneSetting] | None:
+    """The settings where there is one for each prompt: a list in which one is a dict, a list, or None; else None."""
+    if isinstance(steer, (list, tuple)) and any(one is None or isinstance(one, (Mapping, list)) for one in steer):
+        return steer
+    return None
 
 
 def check_op(name: str, site: str, op: str) -> None:

@@ -7,16 +7,19 @@ import numpy as np
 import pytest
 from trajectories import trajectory_of
 
+from nblens.circumstances import Circumstances, SteeredBy
 from nblens.errors import UserError
 from nblens.lens.by_site import SiteTrajectories
 
 
 def test_json_goes_from_token_to_layer_to_component_to_probabilities():
-    trajectory = trajectory_of()
+    circumstances = Circumstances(dtype="bfloat16", steering=(SteeredBy("v", 1.5, (1,)),))
+    trajectory = replace(trajectory_of(), circumstances=circumstances)
     read = json.loads(trajectory.to_json())
     assert list(read) == ["format", "version", "model", "lens", "circumstances", "layers", "prompt_length", "tokens"]
     tokens = read.pop("tokens")
     assert read == {
+        "circumstances": ["bfloat16", "steered: v=1.5 at block 1"],
         "format": "nblens.trajectory_json",
         "version": 1,
         "model": "tiny/model",

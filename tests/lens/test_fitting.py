@@ -219,7 +219,7 @@ def test_a_fitted_lens_is_kept_by_its_kind_or_name(llama):
         (["one text"], {}, "a list of two texts or more"),
         ([1, 2, 3], {}, "a list of two texts or more"),
         (["text", ""], {}, "the prompt is empty"),
-        (["text", 3], {}, "a prompt is text, token ids, or a list of these"),
+        (["text", 3], {}, "a prompt is text, token ids, messages, or a list of these"),
         ([], {}, "a list of two texts or more"),
     ],
 )

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerFast
 from nblens.errors import UserError
 from nblens.model import tokens
 from nblens.model.answers import encode_answers
+from nblens.model.chats import templated as in_template
+from nblens.model.prompts import encode_prompt
 from nblens.model.targets import single_token
-from nblens.model.tokens import TokenTexts, chat_text, decoded, encode, special_ids, tokenize
+from nblens.model.tokens import TokenTexts, decoded, encode, special_ids, tokenize
 
 TEXT = "the cat sat on the mat."
 KINDS = [byte_level, byte_fallback, metaspace, unigram, word_piece]
@@ -25,7 +27,9 @@ def bare(tokenizer, text=TEXT):
 
 
 def encoded(tokenizer, text, *, chat=False, room=500, **more):
-    return encode(tokenizer, text, chat=chat, vocab_size=len(tokenizer), room=room, **more)
+    if more:
+        return encode(tokenizer, text, vocab_size=len(tokenizer), room=room, **more)
+    return encode_prompt(tokenizer, text, chat=chat, vocab_size=len(tokenizer), room=room).ids
 
 
 def answered(tokenizer, prompt, answers, *, chat=False):
@@ -101,7 +105,7 @@ def test_a_chat_has_what_its_template_says_and_a_message_that_is_templated_alrea
     expected = bare(tokenizer, "<s>the cat is")
     assert encoded(tokenizer, "cat", chat=True) == expected
     assert expected[-1] != tokenizer.eos_token_id
-    with pytest.warns(RuntimeWarning, match="the message begins with the special token '<s>', and chat=True"):
+    with pytest.warns(RuntimeWarning, match="the message begins with the special token '<s>', and chat puts"):
         encoded(tokenizer, "<s>the cat", chat=True)
 
 
@@ -115,13 +119,13 @@ def test_a_chat_has_what_its_template_says_and_a_message_that_is_templated_alrea
         ("{% for %}", "the chat template failed: "),
         ("{{ 'a' * 10 ** 30 }}", "the chat template failed: "),
         ("{{ '\\ud800' }}", r"what the chat template makes holds half of a character: '\\ud800'"),
-        ("{# nothing #}", "the chat template makes nothing of a user's turn"),
-        ({"tool_use": "a"}, "the chat template failed: "),
+        ("{# nothing #}", "the chat template makes nothing of these messages"),
+        ({"tool_use": "a"}, "the chat template cannot be chosen: "),
     ],
 )
 def test_a_chat_template_that_fails_is_one_line(template, message):
     with pytest.raises(UserError, match=message) as caught:
-        chat_text(templated(tiny_tokenizer(), template), "the cat")
+        in_template(templated(tiny_tokenizer(), template), "the cat", True)
     assert "\n" not in str(caught.value)
 
 
@@ -328,7 +332,7 @@ def test_a_tokenizers_token_beyond_the_models_vocabulary_is_named():
     with pytest.raises(UserError, match=f"a target is {message}"):
         single_token(tokenizer, "Paris", size)
     with pytest.raises(UserError, match=f"the text holds {message}"):
-        encode(tokenizer, "a Paris", chat=False, vocab_size=size, room=None)
+        encode(tokenizer, "a Paris", vocab_size=size, room=None)
     with pytest.raises(UserError, match=f"the text holds {message}"):
         encode_answers(tokenizer, "a", [" Paris", " b"], chat=False, vocab_size=size, room=None)
     assert tokens.beyond_vocabulary("x", tokenizer, 10**6, 5).startswith("x None, which has id 1000000")

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nblens.errors import UserError
+from nblens.model.prompts import as_prompts, encode_prompt
 from nblens.model.targets import single_token
-from nblens.model.tokens import TokenTexts, as_prompts, bytes_shown, encode, shown_bytes
+from nblens.model.tokens import TokenTexts, bytes_shown, shown_bytes
 
 
 @cache
@@ -151,12 +152,12 @@ def test_one_prompt_is_told_from_several(prompt, prompts, single):
 
 @pytest.mark.parametrize("prompt", [None, 7, 3.5, [[[1]]], [["a"]], [1.5], [None], ["a", 1], {"a": 1}, b"bytes"])
 def test_what_is_no_prompt_is_refused(prompt):
-    with pytest.raises(UserError, match="a prompt is text, token ids, or a list of these"):
+    with pytest.raises(UserError, match="a prompt is text, token ids, messages, or a list of these"):
         as_prompts(prompt)
 
 
 def encoded(prompt, *, chat=False, vocab_size=211, room=50, tokenizer=None):
-    return encode(tokenizer or tiny_tokenizer(), prompt, chat=chat, vocab_size=vocab_size, room=room)
+    return encode_prompt(tokenizer or tiny_tokenizer(), prompt, chat=chat, vocab_size=vocab_size, room=room).ids
 
 
 def test_text_becomes_ids_with_the_special_tokens_that_the_tokenizer_adds():

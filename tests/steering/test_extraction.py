@@ -272,7 +272,8 @@ def test_an_unknown_position_is_refused(read):
     for check in (lambda: check_read(read), lambda: read_span(read, 5)):
         with pytest.raises(UserError) as caught:
             check()
-        known = "one of last, label, mean, an index, or a span such as 3-7"
+        known = "one of last, label, mean, an index, a span such as 3-7, or in a conversation system, user, assistant, "
+        known += "tool, developer or turn:N"
         assert str(caught.value) == f"read position {read!r} is unknown; {known}"
 
 
@@ -411,7 +412,7 @@ def test_pairs_may_come_from_a_generator_and_as_lists(session):
         ([("the cat", "")], "pair 1.*empty"),
         ([(1, 2)], "pair 1"),
         ([None], "pair 1"),
-        ([(["the", "cat"], "a")], r"pair 1: a side must be text or token ids, got \['the', 'cat'\]"),
+        ([(["the", "cat"], "a")], r"pair 1: a side must be text, token ids or messages, got \['the', 'cat'\]"),
         ([([5, 6], [])], "pair 1: the prompt is empty"),
         ([([5, 6], [5, 999])], "pair 1: token id 999 is outside the vocabulary"),
         ("the cat", r"pairs are read from .jsonl, .json, .csv files; got 'the cat'"),
@@ -430,7 +431,7 @@ def test_malformed_pairs_are_refused_by_number_and_nothing_is_kept(session, pair
     [
         ({"method": "pca"}, "'pca' is unknown; one of mean_diff, pca_diff, pca_center, logistic"),
         ({"site": "mlp_in"}, "'mlp_in' is unknown; one of resid_pre, ln1_out"),
-        ({"read": "first"}, "'first' is unknown; one of last, label, mean, an index, or a span"),
+        ({"read": "first"}, "'first' is unknown; one of last, label, mean, an index, a span"),
         ({"read": 99}, "position 99 is outside a text of"),
         ({"layers": 3}, "layer 3 is out of range; the model has blocks 0-2"),
     ],

@@ -206,7 +206,7 @@ def test_an_operation_acts_on_what_the_block_adds_where_it_is_scaled():
         ({"op": "multiply"}, "steering operation 'multiply' is unknown; one of add, ablate, ablate_add, clamp, rotate"),
         (
             {"write": "first"},
-            "write position 'first' is unknown; one of all, prompt, generated, label, last, or a range",
+            "write position 'first' is unknown; one of all, prompt, generated, label, last, a range",
         ),
         ({"write": "5-2"}, "write positions '5-2' hold no token"),
         ({"write": (3, 3)}, "write positions 3:3 hold no token"),

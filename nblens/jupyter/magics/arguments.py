@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -21,12 +22,16 @@ __all__ = [
     "LENS",
     "LOAD",
     "MagicParser",
+    "add_chat",
     "add_output",
+    "chat_of",
+    "chat_prompt",
     "coefficients",
     "contrast_pairs",
 ]
 
 _WORD = re.compile(r"""\s*((?:[^\s"']|"[^"]*"|'[^']*')+)(?=\s|$)""")
+_ROLE = re.compile(r"(system|user|assistant|tool|developer):[ \t]*")
 _SETTING = re.compile(r"([\w.\-]+)=([+-]?(?:\d|\.\d|inf|nan)\S*)", re.IGNORECASE)
 
 
@@ -216,6 +221,72 @@ def add_output(parser: MagicParser, what: str) -> None:
     parser.add_argument("--help", action="store_true", help="show this and do nothing")
 
 
+def add_chat(parser: MagicParser) -> None:
+    """Describe how a prompt goes through the chat template."""
+    parser.add_argument(
+        "--chat", action="store_true", help="through the model's chat template; lines user:, assistant: begin turns"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="a system prompt, with --chat")
+    parser.add_argument(
+        "--template-option",
+        action="append",
+        type=_template_option,
+        metavar="NAME=VALUE",
+        help="of the chat template, such as enable_thinking=false; may be repeated",
+    )
+
+
+def chat_of(options: argparse.Namespace) -> bool | dict[str, Any]:
+    """What `chat` is for the options of `add_chat`."""
+    return dict(options.template_option) if options.template_option else options.chat or options.system is not None
+
+
+def chat_prompt(text: str, options: argparse.Namespace) -> str | list[dict[str, str]]:
+    """The prompt that a cell's text is for the options of `add_chat`: text, or messages.
+
+    Where its first line begins with a role and a colon, so does every message; the lines after it are its own. An
+    `assistant:` at the end with nothing after it is where the model goes on.
+    """
+    if not chat_of(options):
+        return text
+    messages = _messages(text)
+    if messages is None and options.system is None:
+        return text
+    messages = [{"role": "user", "content": text}] if messages is None else messages
+    if options.system is None:
+        return messages
+    if any(message["role"] == "system" for message in messages):
+        raise UserError("there is a system prompt in the cell already; leave --system out")
+    return [{"role": "system", "content": options.system}, *messages]
+
+
+def _messages(text: str) -> list[dict[str, str]] | None:
+    """The turns that lines such as `user: hello` begin; None where the first line begins none."""
+    messages: list[dict[str, str]] = []
+    for line in text.strip("\n").split("\n"):
+        if match := _ROLE.match(line):
+            messages.append({"role": match[1], "content": line[match.end() :]})
+        elif messages:
+            messages[-1]["content"] += f"\n{line}"
+        else:
+            return None
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        messages.pop()
+    if not messages:
+        raise UserError("the conversation is empty; begin a line with user: and a text")
+    return messages
+
+
+def _template_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"write NAME=VALUE, such as enable_thinking=false; got {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def _add_prompt(parser: MagicParser) -> None:
     parser.add_argument(
         "--steer",
@@ -225,7 +296,7 @@ def _add_prompt(parser: MagicParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 (default): greedy")
     parser.add_argument("--seed", type=int, metavar="N", help="of sampling")
-    parser.add_argument("--chat", action="store_true", help="send the prompt through the model's chat template")
+    add_chat(parser)
     parser.add_argument("--template", action="store_true", help="expand {expressions} in the cell's text")
 
 
@@ -280,6 +351,7 @@ def _lens() -> MagicParser:
         "prefill, decode, readout, total. With --live it is the grid, with .result, .wait() and .stop().",
         examples='  %lens The capital of France is\n  %lens --layers ::2 --metric entropy "one, two, three, "\n'
         "  %%lens --generate 8 --compare --steer cheerful=1.5 -o comparison\n"
+        '  %%lens --chat --system "Answer in one word."      with lines user: … assistant: … user: …\n'
         "  %lens -o trajectory --save lens.json The capital of France is",
         takes_text=True,
     )

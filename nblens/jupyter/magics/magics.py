@@ -40,7 +40,16 @@ from nblens.jupyter import cell_widgets
 from nblens.jupyter import display as shown
 from nblens.jupyter.cell_output import display
 from nblens.jupyter.magics import steer_commands
-from nblens.jupyter.magics.arguments import GENERATE, LENS, LOAD, MagicParser, coefficients, contrast_pairs
+from nblens.jupyter.magics.arguments import (
+    GENERATE,
+    LENS,
+    LOAD,
+    MagicParser,
+    chat_of,
+    chat_prompt,
+    coefficients,
+    contrast_pairs,
+)
 from nblens.jupyter.magics.completion import match_magic
 from nblens.jupyter.magics.steer_arguments import COMMANDS, EXTRACT, STEER
 from nblens.jupyter.stand_in import behind_pages
@@ -193,7 +202,7 @@ class NblensMagics(Magics):
             _apply_view(result, options)
         return result
 
-    def _reading(self, prompt: str, options: Namespace) -> Callable[[Any], Any]:
+    def _reading(self, prompt: str | list[dict[str, str]], options: Namespace) -> Callable[[Any], Any]:
         """The request, but for who watches it."""
         session = _session()
         request = {
@@ -245,13 +254,13 @@ class NblensMagics(Magics):
         session = _session()
         return _run(lambda: steer_commands.extract_vector(session, options, name, pairs))
 
-    def _prompt(self, options: Namespace, body: str | None) -> str:
+    def _prompt(self, options: Namespace, body: str | None) -> str | list[dict[str, str]]:
         text: str = options.text
-        if body is None:
-            return text
-        if text:
-            raise UserError(f"the prompt of a cell is its body; {text[:40]!r} stands on the magic's line")
-        return self._expanded(body) if options.template else body
+        if body is not None:
+            if text:
+                raise UserError(f"the prompt of a cell is its body; {text[:40]!r} stands on the magic's line")
+            text = self._expanded(body) if options.template else body
+        return chat_prompt(text, options)
 
     def _expanded(self, body: str) -> str:
         from IPython.utils.text import FullEvalFormatter
@@ -282,7 +291,7 @@ def _asked_of_any_run(options: Namespace) -> dict[str, Any]:
         "steer": _steering(options.steer),
         "temperature": options.temperature,
         "seed": options.seed,
-        "chat": options.chat,
+        "chat": chat_of(options),
     }
 
 

@@ -364,3 +364,42 @@ def test_hostile_text_is_shown_as_text(run, session):
         (data,) = run(cell).displayed
         assert "<img" not in data[HTML]
         assert "&lt;" in data[HTML]
+
+
+ROLES = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{{ mood }}"
+
+
+@pytest.fixture
+def chatty(session, monkeypatch):
+    monkeypatch.setattr(session.tokenizer, "chat_template", ROLES)
+    return session
+
+
+def test_lines_with_roles_are_a_conversation(run, chatty):
+    body = "system: be brief\nuser: the cat\n  sat\nassistant: on the mat\nuser: the dog\nassistant:\n"
+    expected = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "the cat\n  sat"},
+        {"role": "assistant", "content": "on the mat"},
+        {"role": "user", "content": "the dog"},
+    ]
+    assert same(run(f"%%lens --chat\n{body}").value, chatty.lens(expected))
+    assert run(f"%%generate --chat --max-new-tokens 2\n{body}").value.text == chatty.generate(expected, 2).text
+    begun = run("%%lens --chat\nuser: the cat\nassistant: sat").value
+    assert same(begun, chatty.lens([{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]))
+    assert same(run("%%lens\nuser: the cat").value, chatty.lens("user: the cat"))
+    assert same(run("%%lens --chat\nthe cat\nuser: b").value, chatty.lens("the cat\nuser: b", chat=True))
+
+
+def test_a_system_prompt_and_options_of_the_template(run, refused, chatty):
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the cat"}]
+    assert same(run('%lens --system "be brief" the cat').value, chatty.lens(asked))
+    assert "the chat template does not read 'x'" in refused('%lens --template-option "x=[1]" the cat')
+    cell = run("%lens --template-option mood=7 the cat").value
+    assert same(cell, chatty.lens("the cat", chat={"mood": 7}))
+    assert "chat template with mood=7" in repr(cell)
+    assert refused("%%lens --chat --system b\nsystem: a\nuser: c") == (
+        "there is a system prompt in the cell already; leave --system out"
+    )
+    assert refused("%%lens --chat\nassistant:") == "the conversation is empty; begin a line with user: and a text"
+    assert "write NAME=VALUE, such as enable_thinking=false" in refused("%lens --template-option mood the cat")
