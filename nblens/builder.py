@@ -19,7 +19,7 @@ from nblens.lens.jacobian import SKIPPED
 from nblens.lens.lens_store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
-from nblens.model.chats import Chat, Conversation, template_words
+from nblens.model.chats import Chat, Conversation
 from nblens.model.prompts import FedPrompt, OnePrompt, as_conversation, as_prompts, encode_prompt
 from nblens.model.sites import check_site
 from nblens.model.targets import single_token
@@ -94,14 +94,10 @@ class RequestBuilder:
         check_generation(method, options, n_new)
         given, single = as_prompts(prompt)
         prompts = self.prompts(given, chat=chat, generate=n_new)
-        templates = tuple(
-            template_words(chat, isinstance(own, list) and bool(fed.turns))
-            for own, fed in zip(given, prompts, strict=True)
-        )
         if copies is not None:
             if not single:
                 raise UserError(f"{method} takes one prompt; call it once for each")
-            prompts, templates = prompts * copies, templates * copies
+            prompts = prompts * copies
         generation = None
         if n_new or fewest:
             generation = self.generation(n_new, temperature, seed, len(prompts), options)
@@ -109,8 +105,8 @@ class RequestBuilder:
             tuple(fed.ids for fed in prompts),
             generation=generation,
             steering=self._writes(steer, len(prompts)),
-            turns=tuple(fed.turns for fed in prompts) if any(fed.turns for fed in prompts) else (),
-            templates=templates if any(templates) else (),
+            turns=tuple(fed.turns for fed in prompts),
+            templates=tuple(fed.template for fed in prompts),
         )
         return spec, single
 

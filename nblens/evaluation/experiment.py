@@ -110,7 +110,9 @@ class Evaluation:
         return SteerabilityReport(
             name=vector.name,
             model=vector.model,
-            circumstances=replace(self.extractor.origin, template=template_words(self.how.chat)),
+            circumstances=replace(
+                self.extractor.origin, template=template_words(self.how.chat) if self.how.chat is not False else ""
+            ),
             site=vector.site,
             layers=vector.layers,
             read=vector.read,

@@ -96,14 +96,12 @@ def check_chat(chat: Chat) -> None:
         raise UserError(f"chat is True, False or options of the chat template by name, got {shown(chat)}")
 
 
-def template_words(chat: Chat, conversation: bool = False) -> str:
-    """What was done with the chat template, for a caption; nothing where it was not used.
+def template_words(chat: Chat) -> str:
+    """What was done with the chat template, for a caption.
 
-    >>> template_words(True), template_words({"enable_thinking": False}), template_words(False)
-    ('chat template', 'chat template with enable_thinking=False', '')
+    >>> template_words(True), template_words({"enable_thinking": False})
+    ('chat template', 'chat template with enable_thinking=False')
     """
-    if chat is False and not conversation:
-        return ""
     given = {} if isinstance(chat, bool) else dict(chat)
     options = [f"{name}={_short(value)}" for name, value in given.items()]
     return f"chat template with {', '.join(options)}" if options else "chat template"

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
 from nblens.errors import UserError, shown, warn_caller
-from nblens.model.chats import Chat, check_chat, templated, turns_among
+from nblens.model.chats import Chat, check_chat, template_words, templated, turns_among
 from nblens.model.tokens import check_characters, check_ids, encode, special_ids, tokenize
 from nblens.specs import Turn
 
@@ -30,6 +30,8 @@ class FedPrompt:
     ids: tuple[int, ...]
     turns: tuple[Turn, ...] = ()
     """of a conversation: where the content of each message stands"""
+    template: str = ""
+    """what was done with the chat template, in words; empty: nothing"""
 
 
 def as_prompts(prompt: Any) -> tuple[list[OnePrompt], bool]:
@@ -119,7 +121,7 @@ def encode_prompt(
     if not tokenized.ids:
         raise UserError(f"the prompt {shown(prompt)} holds no token: this model's tokenizer drops all of it")
     check_ids(tokenized.ids, vocab_size, room, tokenizer, whole=tokenized.whole)
-    return FedPrompt(tokenized.ids, turns_among(tokenized, made.spans))
+    return FedPrompt(tokenized.ids, turns_among(tokenized, made.spans), template_words(chat))
 
 
 def _warn_of_two_templates(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
