@@ -201,8 +201,10 @@ class RequestBuilder:
         targets: Sequence[str | int] | str | int | None = None,
         lens: str = "logit",
         metrics: Sequence[str] = LENS_METRICS,
+        *,
+        prompts: Sequence[Ids] = (),
     ) -> LensSpec:
-        """What the lens shall read."""
+        """What the lens shall read, after these prompts."""
         vocab_size = self.architecture.vocab_size
         if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {shown(top_k)}")
@@ -213,12 +215,12 @@ class RequestBuilder:
             blocks=blocks,
             sites=names,
             top_k=int(top_k),
-            target_ids=None if targets is None else self._target_ids(targets),
+            target_ids=None if targets is None else self._target_ids(targets, prompts),
             lens=lens,
             metrics=_metrics(metrics),
         )
 
-    def lens_from(self, options: Mapping[str, Any] | bool | None) -> LensSpec | None:
+    def lens_from(self, options: Mapping[str, Any] | bool | None, prompts: Sequence[Ids]) -> LensSpec | None:
         """What the lens shall read, from True or a dict of the arguments of `lens`; None where nothing."""
         if options is None or options is False:
             return None
@@ -229,20 +231,35 @@ class RequestBuilder:
         if unknown := sorted(set(given) - set(known)):
             raise UserError(f"lens option {shown(unknown[0])} is unknown; one of {', '.join(known)}")
         sites = several_sites("lens", given.pop("sites", SITE), given.pop("site", None))
-        return self.lens(sites=sites, **given)
+        return self.lens(sites=sites, **given, prompts=prompts)
 
-    def attribution(self, layers: Any, targets: Sequence[str | int] | str | int) -> AttributionSpec:
-        """Whose logits shall be taken apart."""
-        target_ids = self._target_ids(targets)
+    def attribution(
+        self, layers: Any, targets: Sequence[str | int] | str | int, prompts: Sequence[Ids]
+    ) -> AttributionSpec:
+        """Whose logits shall be taken apart, after these prompts."""
+        target_ids = self._target_ids(targets, prompts)
         if not target_ids:
             raise UserError("attribute needs at least one target token")
         return AttributionSpec(parse_layers(layers, self.architecture.n_blocks), target_ids)
 
-    def _target_ids(self, targets: Sequence[str | int] | str | int) -> Ids:
+    def _target_ids(self, targets: Sequence[str | int] | str | int, prompts: Sequence[Ids]) -> Ids:
+        """Targets as the tokens that they are after every prompt alike."""
         if not isinstance(targets, (str, Integral, Iterable)):
             raise UserError(f"targets must be tokens, as text or ids, got {shown(targets)}")
         wanted = [targets] if isinstance(targets, (str, Integral)) else listed("targets", targets)
-        return tuple(single_token(self.tokenizer, target, self.architecture.vocab_size) for target in wanted)
+        return tuple(self._target_id(target, list(dict.fromkeys(prompts)) or [()]) for target in wanted)
+
+    def _target_id(self, target: str | int, prompts: Sequence[Ids]) -> int:
+        size = self.architecture.vocab_size
+        ids = [single_token(self.tokenizer, target, size, prompt) for prompt in prompts]
+        if len(set(ids)) > 1:
+            first, other = ids[0], next(one for one in ids if one != ids[0])
+            names = (shown(self.tokenizer.convert_ids_to_tokens(one)) for one in (first, other))
+            raise UserError(
+                f"target {shown(target)} is {next(names)} (id {first}) after one prompt and {next(names)} (id {other}) "
+                "after another; give its id, or the prompts one by one"
+            )
+        return ids[0]
 
     def capture(
         self,

@@ -15,6 +15,7 @@ from nblens.errors import Interrupted, UserError, shown, warn_caller
 from nblens.layers import parse_layers
 from nblens.model.answers import n_shared, opening_of
 from nblens.model.chats import Chat, Conversation, turns_among
+from nblens.model.continuation import continued
 from nblens.model.prompts import FedPrompt, OnePrompt, as_prompts
 from nblens.model.sites import check_site
 from nblens.model.tokens import check_characters, check_ids, special_ids, tokenize
@@ -224,11 +225,11 @@ class Extractor:
     def _side(self, prompt: str | Conversation, answer: str, *, chat: Chat) -> FedPrompt:
         """A prompt, in its chat template or as it is, directly followed by an answer."""
         if isinstance(prompt, str) and chat is False:
-            return self.build.fed(prompt + answer, chat=False)
+            return self.build.fed(prompt + continued(answer, prompt), chat=False)
         check_characters("an answer", answer)
         tokenizer, room = self.build.tokenizer, self.build.context
         opening = opening_of(tokenizer, prompt, chat)
-        whole = tokenize(tokenizer, opening.text + answer, special=False, most=room)
+        whole = tokenize(tokenizer, opening.text + continued(answer, opening.going_on), special=False, most=room)
         check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
         return FedPrompt(whole.ids, turns_among(whole, opening.spans))
 

@@ -219,7 +219,8 @@ class Session:
         top_k : int
             How many of the most likely tokens to keep per cell.
         targets : sequence of str or int, optional
-            Tokens (text or ids) to follow through all layers. None: the distinct top tokens over the layers at the
+            Tokens (text or ids) to follow through all layers; text as it would continue the prompt, so that "Paris" is
+            " Paris" after "The capital of France is". None: the distinct top tokens over the layers at the
             prompt's last token, at most 8, the last block's first; of these without ranks, and in a prompt of
             several hundred tokens over its last part alone.
         lens : str
@@ -263,7 +264,9 @@ class Session:
         asked = several_sites("lens", sites, site)
         n_new = either("lens", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, single = build.run("lens", prompt, steer, n_new, temperature, seed, options, chat=chat)
-        spec = build.acting(replace(spec, lens=build.lens(layers, asked, top_k, targets, lens, metrics)))
+        spec = build.acting(
+            replace(spec, lens=build.lens(layers, asked, top_k, targets, lens, metrics, prompts=spec.prompts))
+        )
         return client.run(spec, lambda result: shaped(map(result.trajectories, result.rows), asked, single), watch)
 
     def attribute(
@@ -312,7 +315,7 @@ class Session:
         if targets is None:
             first = replace(spec, generation=None, lens=build.lens(-1, top_k=1, metrics=()))
             targets = int(client.run(first, lambda result: result.trajectories(0)[SITE]).top_ids[0, -1, 0])
-        spec = build.acting(replace(spec, attribution=build.attribution(layers, targets)))
+        spec = build.acting(replace(spec, attribution=build.attribution(layers, targets, spec.prompts)))
         return client.run(spec, lambda result: result.attribution(0))
 
     def compare(
@@ -363,7 +366,7 @@ class Session:
         asked = one_site("compare", site, sites)
         n_new = either("compare", max_new_tokens=max_new_tokens, generate=generate) or 0
         spec, _ = build.run("compare", prompt, {}, n_new, temperature, seed, options, chat=chat, copies=2)
-        reading = build.lens(layers, asked, top_k, targets, lens, metrics)
+        reading = build.lens(layers, asked, top_k, targets, lens, metrics, prompts=spec.prompts)
         reading = replace(reading, compared=True)
         spec = build.acting(replace(spec, lens=reading, steering=build.beside_unsteered(steer)))
         return client.run(spec, lambda result: result.comparison(asked, self._decode), watch)
@@ -489,7 +492,7 @@ class Session:
         steer = readable_again(steer)
         asked = max_new_tokens, temperature, seed, options
         spec, single = build.run("generate", prompt, steer, *asked, chat=chat, fewest=1)
-        spec = build.acting(replace(spec, lens=build.lens_from(lens)))
+        spec = build.acting(replace(spec, lens=build.lens_from(lens, spec.prompts)))
         steers = build.steers(steer, len(spec.prompts))
 
         def assemble(result: RunResult) -> Any:
@@ -533,7 +536,8 @@ class Session:
         max_new_tokens : int
             Most tokens to add.
         answers : (str, str), optional
-            A positive and a negative answer that may follow the prompt: the sweep then holds the log-probability of
+            A positive and a negative answer that may follow the prompt, with a space where words have one: the sweep
+            then holds the log-probability of
             the one minus that of the other under each coefficient, too.
         layers, write, op
             As in `nblens.Steer`; None: the vector's own.

@@ -67,7 +67,7 @@ MISTAKES = {
     ),
     "top_k of none": (lambda s: s.lens(TEXT, top_k=0), rf"top_k must be between 1 and {VOCAB_SIZE}, got 0"),
     "top_k beyond the vocabulary": (lambda s: s.lens(TEXT, top_k=10**6), r"got 1000000"),
-    "target of several tokens": (lambda s: s.lens(TEXT, targets=["xyzzy"]), r"'xyzzy' is \d tokens .*a target is one"),
+    "target of several tokens": (lambda s: s.lens(TEXT, targets=["xyzzy"]), r"' xyzzy' is \d tokens .*a target is one"),
     "target id out of range": (
         lambda s: s.lens(TEXT, targets=[999]),
         rf"999 is outside the vocabulary of {VOCAB_SIZE}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from nblens.errors import UserError, shown
 from nblens.model.chats import Chat, Conversation, Templated, templated, turns_among
+from nblens.model.continuation import continued
 from nblens.model.prompts import as_conversation
 from nblens.model.tokens import check_characters, check_ids, n_shared, tokenize
 from nblens.specs import Turn
@@ -56,7 +57,8 @@ def encode_answers(
     """Tokenize a prompt with each of its answers.
 
     Text is tokenized as a whole, prompt and answer together, as the model would meet it, up to the answer's own last
-    token. Where the answer begins and where its label stands is read from the tokens' offsets in the text.
+    token; an answer goes on with a space as `nblens.model.continuation` has it. Where the answer begins and where its
+    label stands is read from the tokens' offsets in the text.
 
     Parameters
     ----------
@@ -79,6 +81,7 @@ def encode_answers(
     for answer in answers:
         check_characters("an answer", answer)
     opening = opening_of(tokenizer, prompt, chat)
+    answers = [continued(answer, opening.going_on) for answer in answers]
     differ = n_shared(answers)
     if short := [answer for answer in answers if len(answer) <= differ]:
         raise UserError(

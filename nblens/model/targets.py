@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import TYPE_CHECKING
 
 from nblens.errors import UserError, shown
+from nblens.model.continuation import continued, end_of
 from nblens.model.tokens import TokenTexts, beyond_vocabulary, check_characters, shown_bytes, tokenize
 
 if TYPE_CHECKING:
@@ -18,17 +19,28 @@ _ANCHORS = ("a", "(")  # behind which a token stands as in the midst of a text
 _MOST_PIECES = 6  # of a text that is several tokens, in a message
 
 
-def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int) -> int:
+def single_token(
+    tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size: int, after: Sequence[int] = ()
+) -> int:
     """The id of a target given as an id or as text that is one token.
 
-    Text is tried as given, then with a leading space, the form in which words stand inside a sentence, then without
-    one, since a SentencePiece tokenizer adds it by itself; then as the bytes that ⟨E9⟩⟨82⟩ names, as an entry of the
-    vocabulary, such as `▁the`, `##ing` or `<0x0A>`, and as it stands in the midst of a text.
+    Text is taken as it would continue a prompt: "Paris" is " Paris" after "The capital of France is" (see
+    `nblens.model.continuation`). As it stands, it may also be the bytes that ⟨E9⟩⟨82⟩ names, or an entry of the
+    vocabulary such as `▁the`, `##ing` or `<0x0A>`.
+
+    Parameters
+    ----------
+    tokenizer, vocab_size
+        Of the model.
+    text : str or int
+        A text, or an id.
+    after : sequence of int
+        Token ids of the prompt. Empty: a text is tried as given, then with a space before it, then without.
 
     Raises
     ------
     UserError
-        The text is several tokens either way, or the id is out of range.
+        The text is several tokens, or the id is out of range.
     """
     if isinstance(text, (int, Integral)):
         if not 0 <= int(text) < vocab_size:
@@ -40,18 +52,20 @@ def single_token(tokenizer: PreTrainedTokenizerBase, text: str | int, vocab_size
         raise UserError("a target is empty; give the text of one token, or its id")
     check_characters("a target", text)
     texts = TokenTexts(tokenizer)
-    token_id = _as_one_token(tokenizer, text, texts)
+    end = end_of(tokenizer, after)
+    token_id = _as_one_token(tokenizer, text, texts, end)
     if token_id is None:
-        raise UserError(_no_target(tokenizer, text, texts))
+        raise UserError(_no_target(tokenizer, text, texts, end))
     if token_id >= vocab_size:
         raise UserError(beyond_vocabulary("a target is", tokenizer, token_id, vocab_size))
     return token_id
 
 
-def _as_one_token(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts) -> int | None:
-    """The token that a text is, None where it is not one; what the vocabulary lacks is none."""
+def _as_one_token(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts, end: str) -> int | None:
+    """The token that a text is behind one that ends so, None where it is not one; what the vocabulary lacks is none."""
     unknown = tokenizer.unk_token_id
-    for found in _candidates(tokenizer, text, texts):
+    follows = continued(text, end)
+    for found in _candidates(tokenizer, text, texts) if follows == text else _behind(tokenizer, text, follows, texts):
         if len(found) == 1 and (found[0] != unknown or text == tokenizer.unk_token):
             return found[0]
     return None
@@ -78,8 +92,23 @@ def _candidates(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts
         and not _is_letter_of_bytes(tokenizer, entry, texts)
     ):
         yield (entry,)
+    yield from _amid(tokenizer, text)
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, text: str, follows: str, texts: TokenTexts) -> Iterator[Sequence[int]]:
+    """What a text may be that goes on with a space: the token without the space is another one."""
+    if not tokenize(tokenizer, text, special=False, most=1).whole:
+        return
+    yield from _amid(tokenizer, follows)
+    entry = tokenizer.convert_tokens_to_ids(text)
+    if isinstance(entry, int) and tokenizer.convert_ids_to_tokens(entry) == text and texts(entry) != text:
+        yield (entry,)
+
+
+def _amid(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[Sequence[int]]:
+    """Tokens of a text as it stands in the midst of one."""
     for anchor in _ANCHORS:
-        before, whole = tokens(anchor), tokens(anchor + text)
+        before, whole = (tokenize(tokenizer, part, special=False).ids for part in (anchor, anchor + text))
         if whole[: len(before)] == before:
             yield whole[len(before) :]
 
@@ -90,15 +119,18 @@ def _is_letter_of_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int, texts
     return part is not None and len(part) == len(str(tokenizer.convert_ids_to_tokens(token_id)))
 
 
-def _no_target(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts) -> str:
+def _no_target(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts, end: str) -> str:
     """Say what a text is instead of one token; what is offered can be given as it stands."""
-    tokenized = tokenize(tokenizer, text, special=False, most=1)
-    ids, pieces = tokenized.ids, tokenizer.convert_ids_to_tokens(list(tokenized.ids[:_MOST_PIECES]))
+    tokenized, follows = tokenize(tokenizer, text, special=False, most=1), continued(text, end)
+    ids = tokenized.ids
+    if follows != text and tokenized.whole:
+        text, ids = follows, tuple(next(_amid(tokenizer, follows), ids))
+    pieces = tokenizer.convert_ids_to_tokens(list(ids[:_MOST_PIECES]))
     if not ids:
         return f"target {shown(text)} is no token: this model's tokenizer drops it; give another, or an id"
     if set(ids) == {tokenizer.unk_token_id}:
         return f"target {shown(text)} is not in this model's vocabulary; give another, or an id"
-    offered = [_offered(tokenizer, *token, texts) for token in zip(ids, pieces, strict=False)]
+    offered = [_offered(tokenizer, *token, texts, end) for token in zip(ids, pieces, strict=False)]
     if len(ids) > _MOST_PIECES:
         offered.append("…")
     count = len(ids) if tokenized.whole else f"{len(ids)} or more"
@@ -107,8 +139,9 @@ def _no_target(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts)
     )
 
 
-def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str, texts: TokenTexts) -> str:
+def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str, texts: TokenTexts, end: str) -> str:
     """A token as it can be given: by its entry or its bytes where those mean this very token."""
     if texts.bytes_of(token_id) is not None:
         piece = texts(token_id)
-    return shown(piece) if _as_one_token(tokenizer, piece, texts) == token_id else f"{token_id} for {shown(piece)}"
+    own = _as_one_token(tokenizer, piece, texts, end) == token_id
+    return shown(piece) if own else f"{token_id} for {shown(piece)}"

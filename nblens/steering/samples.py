@@ -30,8 +30,9 @@ class Sample:
     >>> Sample("Do you like rain? Answer: (", "A", "B").positive
     'A'
 
-    What the model reads is the prompt directly followed by an answer: a space between them belongs to the answer. A
-    prompt may be a conversation, as a sequence of messages; the answer is then the beginning of the model's turn.
+    What the model reads is the prompt followed by an answer, with a space between them where words have one and the
+    prompt ends in none: "A" is " A" after "Answer:", and "A" after "Answer: (". A prompt may be a conversation, as a
+    sequence of messages; the answer is then the beginning of the model's turn.
     """
 
     prompt: str | Conversation
