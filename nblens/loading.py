@@ -161,7 +161,8 @@ def load(
             _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
         order = {"source": source, "where": where, "tp": tp, "pp": pp, "ep": ep, "more": WITHOUT_ADAPTER}
         order["dtype"] = dtype if dtype == "auto" else named_dtype(dtype)
-        session = _adopt_spread(order, config, tokenizer, name=name, began=began, address=ray, keep=keep)
+        commit = checkpoint.commit
+        session = _adopt_spread(order, config, tokenizer, name=name, commit=commit, began=began, address=ray, keep=keep)
     else:
         planned = _checked_plan(checkpoint, setting, devices, max_memory, _freed(keep=keep))
         options = _as_planned(planned)
@@ -169,7 +170,7 @@ def load(
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, **options, **where)
-        session = _adopt(hf_model, tokenizer, name=name, began=began, ours=True)
+        session = _adopt(hf_model, tokenizer, name=name, commit=checkpoint.commit, began=began, ours=True)
     if has_adapter(source):
         _logger.warning("%s holds an adapter (adapter_config.json) beside the model, which is loaded without it", name)
     if model is None:
@@ -227,7 +228,13 @@ def current() -> Session:
 
 
 def _adopt(
-    hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name: str, began: float, ours: bool
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    commit: str = "",
+    began: float,
+    ours: bool,
 ) -> Session:
     check_config(hf_model.config)
     if (generation := getattr(hf_model, "generation_config", None)) is not None:
@@ -235,6 +242,7 @@ def _adopt(
     served = _Served(hf_model, tokenizer)
     seconds = time.perf_counter() - began
     placement = describe_placement(hf_model, served.architecture, name=name, seconds=seconds)
+    placement = replace(placement, revision=commit)
     return _make_current(
         Session(
             served.backend(),
@@ -295,6 +303,7 @@ def _adopt_spread(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str,
+    commit: str,
     began: float,
     address: str | None,
     keep: bool,
@@ -309,7 +318,7 @@ def _adopt_spread(
         before=None if before is None else before.backend,
         make_room=lambda: _make_room(name, keep=keep),
     )
-    placement = replace(backend.placement, model=name, seconds=time.perf_counter() - began)
+    placement = replace(backend.placement, model=name, revision=commit, seconds=time.perf_counter() - began)
     return _make_current(Session(backend, tokenizer, placement, config=config, architecture=backend.facts), ours=True)
 
 

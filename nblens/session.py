@@ -113,8 +113,7 @@ class Session:
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
         build = RequestBuilder(architecture, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
         self._texts = TokenTexts(tokenizer)
-        revision = getattr(config, "_commit_hash", None) or ""
-        self._origin = Circumstances(revision=revision, dtype=placement.dtype)
+        self._origin = Circumstances(revision=placement.revision, dtype=placement.dtype)
         client = Client(backend, self.lenses, _results(architecture, placement.model, self._texts, self._origin))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
         # a session that nobody holds any more frees its model at once, so nothing that it holds may hold it

@@ -115,8 +115,9 @@ def placement_table(session: Session) -> Table:
     if session.backend is None:
         return Table(f"{session.placement.model} was unloaded")
     placement = session.placement
+    name = plain(placement.model) + (f" at {placement.revision[:7]}" if placement.revision else "")
     title = (
-        f"{plain(placement.model)}: {short_number(placement.n_parameters)} parameters, {placement.n_blocks} blocks, "
+        f"{name}: {short_number(placement.n_parameters)} parameters, {placement.n_blocks} blocks, "
         f"{placement.dtype}, loaded in {placement.seconds:.1f} s"
     )
     rows = []

@@ -57,6 +57,8 @@ class Placement:
     seconds: float
     """how long loading took"""
     devices: tuple[DeviceShare, ...]
+    revision: str = ""
+    """commit of the model's files; empty where none is known"""
 
 
 def describe_placement(model: PreTrainedModel, architecture: Architecture, *, name: str, seconds: float) -> Placement:

@@ -25,6 +25,7 @@ __all__ = [
     "check_files",
     "check_token_ids",
     "checkpoint_dtype",
+    "commit_of",
     "has_adapter",
     "hub_or_cache",
     "read_by_libraries",
@@ -105,6 +106,15 @@ def hub_or_cache(source: str, file: str = "config.json", revision: str | None = 
     if not isinstance(copy, str):
         raise UserError(f"cannot load {source!r}: it is not on this machine, and the Hub cannot be asked ({reason})")
     return {"local_files_only": True}
+
+
+def commit_of(source: str, file: str = "config.json", revision: str | None = None) -> str:
+    """The commit of a model's files on this machine, by where the Hub's cache has one of them; empty: of a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    copy = None if Path(source).exists() else try_to_load_from_cache(source, file, revision=revision)
+    parts = Path(copy).parts if isinstance(copy, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else ""
 
 
 def _unreachable(endpoint: str) -> str:

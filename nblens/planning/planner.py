@@ -17,6 +17,7 @@ from nblens.planning.blueprint import Blueprint, draw_blueprint
 from nblens.planning.checkpoint import (
     DEMO_MODEL,
     checkpoint_dtype,
+    commit_of,
     hub_or_cache,
     read_config,
     read_headers,
@@ -57,6 +58,13 @@ class Checkpoint:
         """What transformers is told of where the model is."""
         found = {"revision": self.revision, "trust_remote_code": self.trust_remote_code, **self.local}
         return found if self.gguf is None else found | {"gguf_file": self.gguf.file}
+
+    @property
+    def commit(self) -> str:
+        """The commit of its files, once they are on this machine; empty where none is known."""
+        if self.source is None:
+            return ""
+        return commit_of(self.source, self.gguf.file if self.gguf else "config.json", self.revision)
 
 
 def plan(

@@ -68,11 +68,10 @@ def test_the_template_and_its_options_are_told(session, monkeypatch):
 
 
 def test_a_revision_is_told_short_and_kept_whole(attach):
-    model = endless_model("llama")
-    model.config._commit_hash = "ab810cf68114990406fdf996510dd3d3c6adbdf5"
-    traj = attach(model).lens(TEXT)
-    assert traj.circumstances.revision == model.config._commit_hash
-    assert traj.circumstances.facts == ("revision ab810cf", "float32")
+    session = attach(endless_model("llama"))
+    told = Circumstances(revision="ab810cf68114990406fdf996510dd3d3c6adbdf5", dtype="float32")
+    assert told.facts == ("revision ab810cf", "float32")
+    assert session.placement.revision == session.lens(TEXT).circumstances.revision == ""
 
 
 def test_a_file_keeps_them_and_older_files_have_none(session, tmp_path):
