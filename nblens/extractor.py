@@ -22,7 +22,7 @@ from nblens.model.tokens import check_characters, check_ids, special_ids, tokeni
 from nblens.progress import Send, progress_bar
 from nblens.specs import ExtractionFinished, ExtractionSpec, Span, finished
 from nblens.steering.estimators import METHODS
-from nblens.steering.extraction import best_block
+from nblens.steering.judging import best_block, interval
 from nblens.steering.read_positions import (
     WITH_SPECIAL,
     Read,
@@ -75,7 +75,9 @@ class Extractor:
         blocks = None if layers is None else parse_layers(layers, n_blocks)
         spec = self._spec(pairs, method=method, site=site, read=read, chat=chat)
         event = self._extract(spec, f"vector {name}", progress)
-        written = blocks or (best_block(event.separation, len(spec.positive)),)
+        written = blocks or (best_block(event.separation, event.separation_error),)
+        judged = list(enumerate(zip(event.separation.tolist(), event.separation_error.tolist(), strict=True)))
+        judged = judged if event.n_judges else []
         self._warn_of_carried_means(spec, event, written, read_name(read))
         _warn_of_first_tokens(spec, read_name(read))
         return SteeringVector(
@@ -90,7 +92,8 @@ class Extractor:
             method=method,
             read=read_name(read),
             n_pairs=len(spec.positive),
-            separation={block: float(d) for block, d in enumerate(event.separation)},
+            separation={block: distance for block, (distance, _) in judged},
+            separation_interval={block: interval(*own, event.n_judges) for block, own in judged},
             data_hash=event.data_hash,
             activation_norms={block: float(norm) for block, norm in enumerate(event.activation_norms)},
         )

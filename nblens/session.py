@@ -584,9 +584,11 @@ class Session:
         >>> vec.site
         'resid_post'
 
-        Directions are computed for all blocks in one pass. The vector is written by default at one block only: the
-        one of the middle third that separates a held-back quarter of the pairs best, or the middle one when there
-        are fewer than 8 pairs.
+        Directions are computed for all blocks in one pass. The vector is written by default at one block only, of those
+        between a third and three quarters of the depth: the last that tells pairs apart as well as the best does, to
+        within a standard error, by directions that have not seen the pair. With fewer than 4 pairs it is the middle
+        one. `separation` and `separation_interval` of the vector say how well each block does; see
+        `nblens.steering.judging`.
 
         Parameters
         ----------
@@ -721,6 +723,10 @@ class Session:
         coefficients: Sequence[float] | None = None,
         *,
         measurement: Measurement | None = None,
+        site: str | None = None,
+        layers: Any = None,
+        write: Any = None,
+        op: str | None = None,
         pairs: Any = None,
         out_of_distribution: Any = None,
         **options: Unpack[MeasurementOptions],
@@ -735,9 +741,9 @@ class Session:
 
         The propensity of a sample is the log-probability of its positive answer minus that of its negative one; its
         steerability is the least-squares slope of the propensity over the coefficient (Tan et al. 2024, arXiv
-        2407.12404). All coefficients of a sample go through the model in one batch. The vector is written as it is by
-        default (`layers`, `write` and `op` of the vector), and gets the range that stays within the KL budget as its
-        `kl_range`.
+        2407.12404). All coefficients of a sample go through the model in one batch. A vector that is written as it is
+        by default gets the range that stays within the KL budget as its `kl_range`, and `session.reports` keeps its
+        report; of one that is written otherwise both stay as they were.
 
         Parameters
         ----------
@@ -749,6 +755,10 @@ class Session:
             vector was made of.
         coefficients, measurement, **options
             How it is measured: a `nblens.Measurement`, or its fields by name, or what differs from it.
+        site : str, optional
+            The vector's own: at another one it would be another vector.
+        layers, write, op
+            As in `nblens.Steer`. None: the vector's own.
         pairs : optional
             What the vector was extracted from, for controls of shuffled labels.
         out_of_distribution : optional
@@ -762,9 +772,10 @@ class Session:
             Ctrl-C; no report was made.
         """
         evaluation = self._evaluation(chosen("steerability", measurement, coefficients, options))
-        vector = self.vectors[name]
+        own = self.vectors[name]
+        vector = own.written(site, layers, write, op)
         report = evaluation.measure(vector, samples, pairs=pairs, out_of_distribution=out_of_distribution)
-        return self._keep_measured(vector, report)
+        return self._keep_measured(vector, report) if vector is own else report
 
     def steering_experiment(
         self,
@@ -774,9 +785,10 @@ class Session:
         *,
         measurement: Measurement | None = None,
         method: str = "mean_diff",
-        site: str = "ln2_out",
+        paper: bool = False,
+        site: str | None = None,
         sites: str | None = None,
-        read: Read = "label",
+        read: Read | None = None,
         write: Any = "all",
         op: str = "add",
         normalise: bool = False,
@@ -792,8 +804,8 @@ class Session:
         >>> report.splits, report.chosen_layer in (5, 6)
         ({'train': 8, 'validation': 4, 'test': 4}, True)
 
-        The protocol of arXiv 2604.06483: vectors read at the label, after the norm before the MLP, and coefficients
-        from −1.5 to 1.5. Samples are shuffled, where their answers are letters with each letter equally often on
+        The protocol of arXiv 2604.06483, whose vectors are read at the label after the norm before the MLP (`paper`).
+        Samples are shuffled, where their answers are letters with each letter equally often on
         either side, and split: half make the vector; a quarter chooses the block, the one of the largest slope whose
         KL at coefficients ±1 stays within the budget, and fixes the range of coefficients in which curves are lines;
         the report is about the last quarter. The vector is kept as `session.vectors[name]`.
@@ -802,8 +814,10 @@ class Session:
         ----------
         name : str
             What the vector will be called.
+        paper : bool
+            The paper's site and read position, "ln2_out" and "label", where no others are given.
         method, site, sites, read, write, op
-            As in `extract`.
+            As in `extract`; read at the last token of prompt and answer, at `resid_post`, where nothing else is said.
         normalise : bool
             Give the vector norm 1 at every block.
         layers : int, slice, str or sequence, optional
@@ -818,6 +832,7 @@ class Session:
         Interrupted
             Ctrl-C; no report was made.
         """
+        usual = "ln2_out" if paper else SITE
         evaluation = self._evaluation(chosen("steering_experiment", measurement, coefficients, options))
         vector, report = evaluation.experiment(
             name,
@@ -826,8 +841,8 @@ class Session:
             normalise=normalise,
             out_of_distribution=out_of_distribution,
             method=method,
-            site=one_site("steering_experiment", site, sites, "ln2_out"),
-            read=read,
+            site=one_site("steering_experiment", usual if site is None else site, sites, usual),
+            read=read if read is not None else "label" if paper else "last",
             write=write,
             op=op,
         )

@@ -346,7 +346,11 @@ class ExtractionFinished:
     directions: np.ndarray
     """float32 (n_blocks, d_model), of the blocks that were asked for; zeros where it was stopped"""
     separation: np.ndarray
-    """float32 (n_blocks,): d′ of held-back pairs"""
+    """float32 (n_blocks,): of pairs that the direction has not seen, as in `nblens.steering.judging`; NaN: too few"""
+    separation_error: np.ndarray
+    """float32 (n_blocks,): its standard error"""
+    n_judges: int
+    """by how many pairs"""
     activation_norms: np.ndarray
     """float32 (n_blocks,): mean Euclidean norm of a token's activation where it was read, over both sides"""
     shuffled: np.ndarray

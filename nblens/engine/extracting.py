@@ -16,7 +16,8 @@ from nblens.model.batching import packed
 from nblens.model.generation import Batch, Phase
 from nblens.specs import ExtractionFinished, ExtractionSpec, Progress, Span
 from nblens.steering.estimators import ESTIMATORS
-from nblens.steering.extraction import Separation, SpanReader, data_hash, dominant_token, held_back, shuffle_signs
+from nblens.steering.extraction import SpanReader, data_hash, dominant_token, shuffle_signs
+from nblens.steering.judging import Judges, separation
 
 __all__ = ["Extraction"]
 
@@ -30,7 +31,7 @@ class Extraction:
     """One extraction.
 
     Pairs go through the model by length, so that little is padded. Only a few numbers per block stay of each batch:
-    what the method's estimator keeps, and the activations of at most 64 pairs that are held back to judge the blocks.
+    what the method's estimator keeps, and the activations of at most 64 pairs that judge the blocks.
     """
 
     def __init__(self, runner: Runner, spec: ExtractionSpec, emit: Emit, control: Control) -> None:
@@ -43,7 +44,7 @@ class Extraction:
         self._norms = torch.zeros(len(self._blocks), dtype=torch.float64)
         self._left_out = None if spec.left_out is None else frozenset(spec.left_out)
         self._carriers: list[list[int]] = [[] for _ in self._blocks]
-        self._judges = set(held_back(len(spec.positive)))
+        self._judges = Judges.of(spec.method, len(spec.positive))
         self._held: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._held_pairs: list[int] = []
 
@@ -74,9 +75,8 @@ class Extraction:
             carriers += [ids[position] for ids, position in zip(texts, positions, strict=True) if position >= 0]
 
     def _take(self, pairs: Sequence[int], positive: torch.Tensor, negative: torch.Tensor) -> None:
-        held = [place for place, pair in enumerate(pairs) if pair in self._judges]
-        all_judge = len(self._judges) == len(self._spec.positive)
-        rest = [place for place, pair in enumerate(pairs) if all_judge or pair not in self._judges]
+        held = [place for place, pair in enumerate(pairs) if pair in self._judges.pairs]
+        rest = [place for place in range(len(pairs)) if self._judges.one_by_one or place not in held]
         signs = self._signs[:, list(pairs)]
         self._estimator.add(positive[:, rest], negative[:, rest], signs[:, rest])
         self._held.append((positive[:, held], negative[:, held]))
@@ -85,12 +85,12 @@ class Extraction:
     def _finished(self) -> ExtractionFinished:
         n_pairs, n_blocks = len(self._spec.positive), len(self._blocks)
         shape = (n_blocks, self._runner.architecture.d_model)
-        directions, separation = np.zeros(shape, np.float32), np.zeros(n_blocks, np.float32)
+        directions, distances = np.zeros(shape, np.float32), (np.zeros(n_blocks, np.float32),) * 2
         shuffled = np.zeros((self._spec.n_shuffles, *shape), np.float32)
         if not self._control.cancelled:
             positive, negative = (torch.cat(side, 1) for side in zip(*self._held, strict=True))
-            # before the held-back pairs are taken in, the directions have not seen them
-            separation = Separation(positive, negative).of(self._estimator.directions())
+            # before pairs that are held back are taken in, the directions have not seen them
+            distances = separation(self._judges.projections(positive, negative, self._estimator.directions()))
             if self._estimator.count < n_pairs:
                 self._estimator.add(positive, negative, self._signs[:, self._held_pairs])
             directions, shuffled = self._estimator.directions(), self._estimator.shuffled()
@@ -101,7 +101,9 @@ class Extraction:
                 )
         return ExtractionFinished(
             directions=directions,
-            separation=separation,
+            separation=distances[0],
+            separation_error=distances[1],
+            n_judges=len(self._judges.pairs),
             activation_norms=(self._norms / (2 * n_pairs)).float().numpy(),
             shuffled=shuffled,
             carried=tuple((len(carriers), dominant_token(carriers)) for carriers in self._carriers),

@@ -139,14 +139,14 @@ def vectors_table(session: Session) -> Table:
     rows, setting = [], session.steer.setting
     for vector in session.vectors.values():
         norms = [vector.norms[block] for block in vector.layers]
-        best = [vector.separation[block] for block in vector.layers if block in vector.separation]
+        judged = [(vector.separation[block], block) for block in vector.layers if block in vector.separation]
         rows.append(
             (
                 vector.name,
                 vector.site,
                 format_layers(vector.layers),
                 short_number(max(norms)),
-                f"{max(best):.1f}" if best else "",
+                vector.separation_words(max(judged)[1]) if judged else "",
                 vector.write,
                 _signed(setting[vector.name].coefficient) if vector.name in setting else "off",
                 escaped(
@@ -167,7 +167,7 @@ def vector_blocks_table(vector: SteeringVector) -> Table:
         (
             str(block),
             short_number(norm),
-            f"{vector.separation[block]:.2f}" if block in vector.separation else "",
+            vector.separation_words(block),
             "yes" if block in vector.layers else "",
         )
         for block, norm in vector.norms.items()

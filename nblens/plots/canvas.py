@@ -37,6 +37,7 @@ __all__ = [
 SMALL = 7.0  # points
 LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
 _DPI = 192
+_TIED = "\u00a0· "  # a line ends behind it, and not before
 _TITLE_COLUMNS, _AXIS_COLUMNS = 15, 8  # letters of a title on an inch, and beside the axes
 _FALLBACK_FONTS = (
     "DejaVu Sans",
@@ -109,9 +110,11 @@ def origin(panel: GridPanel) -> str:
 
 def write_title(ax: Axes, text: str) -> None:
     """A small title, flush left, in as many lines as its figure's width asks for."""
-    columns = max(20, int(ax.figure.get_size_inches()[0] * _TITLE_COLUMNS) - _AXIS_COLUMNS)
-    lines = textwrap.wrap(text.replace(" · ", "\u00a0· "), columns, break_on_hyphens=False)
-    ax.set_title(drawable("\n".join(lines)), fontsize=9, loc="left", **text_font())
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    columns = max(20, int(figure.get_size_inches()[0] * _TITLE_COLUMNS) - _AXIS_COLUMNS)
+    lines = textwrap.wrap(text.replace(" · ", _TIED), columns, break_on_hyphens=False)
+    ax.set_title(drawable("\n".join(lines).replace(_TIED, " · ")), fontsize=9, loc="left", **text_font())
 
 
 def token_font() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading each text of an extraction, and judging the directions that come of it."""
+"""Reading each text of an extraction."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,17 +15,11 @@ from nblens.specs import ExtractionSpec, Span
 from nblens.steering.read_positions import mean_positions
 
 __all__ = [
-    "Separation",
     "SpanReader",
-    "best_block",
     "data_hash",
     "dominant_token",
-    "held_back",
     "shuffle_signs",
 ]
-
-FEWEST_TO_JUDGE = 8
-"""With fewer contrast pairs, none is held back."""
 
 _MOST_OF_MANY, _MOST_OF_TWO = 0.5, 0.8  # of a mean's norm that one token may carry
 
@@ -137,25 +130,6 @@ def dominant_token(ids: Iterable[int]) -> int:
     return next((token for token, _ in Counter(ids).most_common(1)), -1)
 
 
-@dataclass(frozen=True)
-class Separation:
-    """How well directions tell held-back pairs apart."""
-
-    positive: torch.Tensor
-    """(n_blocks, n_pairs, d_model)"""
-    negative: torch.Tensor
-
-    def of(self, directions: np.ndarray) -> np.ndarray:
-        """d′ per block: distance of the two sides' mean projections in pooled standard deviations, (n_blocks,)."""
-        axis = torch.from_numpy(directions)
-        positive = torch.einsum("bnd,bd->bn", self.positive, axis)
-        negative = torch.einsum("bnd,bd->bn", self.negative, axis)
-        if positive.shape[1] < 2:
-            return (positive - negative).sign().mean(1).numpy()
-        spread = ((positive.var(1) + negative.var(1)) / 2).sqrt()
-        return ((positive.mean(1) - negative.mean(1)) / spread.clamp(min=1e-12)).numpy()
-
-
 def data_hash(spec: ExtractionSpec) -> str:
     """SHA-256 of the pairs' token ids."""
     return hashlib.sha256(json.dumps([spec.positive, spec.negative]).encode()).hexdigest()
@@ -164,22 +138,3 @@ def data_hash(spec: ExtractionSpec) -> str:
 def shuffle_signs(n_pairs: int, n_shuffles: int, seed: int) -> np.ndarray:
     """Draw the pairs that a shuffling swaps, each with probability 1/2: int8 (n_shuffles, n_pairs), −1 there."""
     return np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.int8), (n_shuffles, n_pairs))
-
-
-def held_back(n_pairs: int) -> Sequence[int]:
-    """Indices of the pairs that judge the blocks: every fourth, at most 64; all of them when there are too few."""
-    return range(n_pairs) if n_pairs < FEWEST_TO_JUDGE else range(3, n_pairs, 4)[:64]
-
-
-def best_block(separation: np.ndarray, n_pairs: int) -> int:
-    """The block to write at by default: the one of the middle third that tells held-back pairs apart best.
-
-    Separation alone would often choose an end: the first blocks can tell two texts apart by their words, and the
-    last ones by the next word alone, which they then push at every position. Too few pairs to hold any back make
-    every block look perfect; then it is the middle block.
-    """
-    n_blocks = len(separation)
-    if n_pairs < FEWEST_TO_JUDGE:
-        return n_blocks // 2
-    first, last = n_blocks // 3, max(n_blocks // 3, 2 * n_blocks // 3 - 1)
-    return first + int(np.argmax(separation[first : last + 1]))

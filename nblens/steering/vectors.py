@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from nblens.errors import UserError, VectorMismatchError, escaped, shown
-from nblens.layers import format_layers
+from nblens.layers import format_layers, parse_layers
 from nblens.records import RecordFormat, sound_content
 from nblens.steering.read_positions import read_words
 from nblens.steering.steer import STEER_OPS, check_write
+from nblens.text import short_number
 
 __all__ = ["SteeringVector"]
 
@@ -55,7 +56,10 @@ class SteeringVector:
     read: str = ""
     n_pairs: int = 0
     separation: Mapping[int, float] = field(default_factory=dict)
-    """block → how far apart it holds the two sides of held-back pairs, in standard deviations (d′)"""
+    """block → how far apart it holds the two sides of pairs that the direction has not seen: the mean of their
+    differences in standard deviations; empty where there were too few pairs"""
+    separation_interval: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    """block → its 95 % confidence interval"""
     data_hash: str = ""
     """SHA-256 of the contrast pairs' token ids"""
     activation_norms: Mapping[int, float] = field(default_factory=dict)
@@ -92,6 +96,16 @@ class SteeringVector:
         """Euclidean norm per block."""
         return {block: _norm(d) for block, d in self.directions.items()}
 
+    def separation_words(self, block: int) -> str:
+        """The separation at a block with its interval: "2.8 (95% CI 0.9 to 4.7)"; empty where it was not judged."""
+        if block not in self.separation:
+            return ""
+        distance = short_number(round(self.separation[block], 2))
+        if block not in self.separation_interval:
+            return distance
+        low, high = (short_number(round(end, 2)) for end in self.separation_interval[block])
+        return f"{distance} (95% CI {low} to {high})"
+
     def normalized(self) -> SteeringVector:
         """Return the same directions with norm 1 at every block; a zero direction stays zero.
 
@@ -105,6 +119,31 @@ class SteeringVector:
         """Return the same vector, written at other blocks by default; `kl_range` is that of the blocks before."""
         moved = replace(self, layers=layers)
         return moved if set(moved.layers) == set(self.layers) else replace(moved, kl_range=None)
+
+    def written(self, site: str | None, layers: Any, write: Any, op: str | None) -> SteeringVector:
+        """Return the same vector, written otherwise by default; itself where it is written so already.
+
+        Parameters
+        ----------
+        site : str, optional
+            Its own, or None.
+        layers, write, op
+            As in `nblens.Steer`. None: its own.
+
+        Raises
+        ------
+        UserError
+            A site that is not its own, a block that it has no direction for, or no such position or operation.
+        """
+        if site not in (None, self.site):
+            raise UserError(
+                f"steering vector {self.name!r} is of {self.site}, got site {shown(site)}; a vector of another site is "
+                "made with extract(…, site=…)"
+            )
+        blocks = self.layers if layers is None else parse_layers(layers, self.n_blocks or max(self.directions) + 1)
+        moved = replace(self.at(blocks), write=self.write if write is None else write, op=op or self.op)
+        same = (moved.layers, moved.write, moved.op) == (self.layers, self.write, self.op)
+        return self if same else replace(moved, kl_range=None)
 
     def is_like(self, other: SteeringVector) -> bool:
         """Tell whether another one has the same directions and is written in the same way; `kl_range` may differ."""
@@ -226,7 +265,9 @@ class SteeringVector:
     def _from_plain(
         cls, directions: Mapping[int, np.ndarray], plain: Mapping[str, Any], name: str | None
     ) -> SteeringVector:
-        plain = {**plain, "name": name or plain["name"], "kl_range": _ends(plain.get("kl_range"))}
+        ends = plain.get("kl_range")
+        ends = None if ends is None else _ends("kl_range", ends)
+        plain = {**plain, "name": name or plain["name"], "kl_range": ends}
         for what in ("name", "site", "write", "op", "model", "method", "read", "data_hash"):
             if not isinstance(plain.get(what, ""), str):
                 raise ValueError(f"{what} {shown(plain[what])} is no text")
@@ -238,6 +279,8 @@ class SteeringVector:
             ("activation_norms", plain.get("activation_norms", {})),
         ):
             plain[what] = {int(block): _number(what, value) for block, value in by_block.items()}
+        intervals = plain.get("separation_interval", {})
+        plain["separation_interval"] = {int(block): _ends("separation_interval", i) for block, i in intervals.items()}
         return cls(directions=directions, **plain)
 
     def __mul__(self, factor: float) -> SteeringVector:
@@ -245,9 +288,13 @@ class SteeringVector:
             raise UserError(f"cannot multiply steering vector {self.name!r} by {factor}")
         scaled, sign = self._map(lambda d: d * np.float32(factor)), float(np.sign(np.float32(factor)))
         if not sign:
-            return replace(scaled, separation={}, kl_range=None)
-        separation = {block: sign * distance for block, distance in self.separation.items()}
-        return replace(scaled, separation=separation, kl_range=self._kl_range_times(1 / factor))
+            return replace(scaled, separation={}, separation_interval={}, kl_range=None)
+        return replace(
+            scaled,
+            separation={block: sign * distance for block, distance in self.separation.items()},
+            separation_interval={block: _times(sign, ends) for block, ends in self.separation_interval.items()},
+            kl_range=self._kl_range_times(1 / factor),
+        )
 
     __rmul__ = __mul__
 
@@ -289,8 +336,8 @@ class SteeringVector:
         """The range of a vector that needs so many times the coefficient for the same effect."""
         if self.kl_range is None or self._is_any_length:
             return self.kl_range
-        low, high = sorted(end * factor for end in self.kl_range)
-        return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+        ends = _times(factor, self.kl_range)
+        return ends if all(map(math.isfinite, ends)) else None
 
     def _map(self, function: Callable[[np.ndarray], np.ndarray]) -> SteeringVector:
         return replace(self, directions={block: function(d) for block, d in self.directions.items()})
@@ -298,6 +345,8 @@ class SteeringVector:
     def __repr__(self) -> str:
         norms = [self.norms[block] for block in self.layers]
         span = f"{min(norms):.2f}" if len(set(norms)) == 1 else f"{min(norms):.2f}-{max(norms):.2f}"
+        judged = [(self.separation[b], b) for b in self.layers if b in self.separation_interval]
+        apart = f", separation {self.separation_words(max(judged)[1])}" if judged else ""
         origin = (
             f", {self.method} of {self.n_pairs} {'pair' if self.n_pairs == 1 else 'pairs'} "
             f"read at {read_words(self.read)}"
@@ -306,7 +355,7 @@ class SteeringVector:
         )
         return escaped(
             f"SteeringVector({self.name!r}, {self.site} of block {format_layers(self.layers)}, "
-            f"norm {span}{origin}, {len(self.directions)} × {self.d_model})"
+            f"norm {span}{apart}{origin}, {len(self.directions)} × {self.d_model})"
         )
 
 
@@ -317,6 +366,11 @@ def _norm(direction: np.ndarray) -> float:
 
 def _is_gguf(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() == ".gguf"
+
+
+def _times(factor: float, ends: tuple[float, float]) -> tuple[float, float]:
+    low, high = sorted(end * factor for end in ends)
+    return low, high
 
 
 def _count(what: str, value: Any) -> int:
@@ -331,10 +385,8 @@ def _number(what: str, value: Any) -> float:
     return float(value)
 
 
-def _ends(ends: Any) -> tuple[float, float] | None:
-    if ends is None:
-        return None
-    low, high = (_number("kl_range", end) for end in ends)
+def _ends(what: str, ends: Any) -> tuple[float, float]:
+    low, high = (_number(what, end) for end in ends)
     if low > high:
-        raise ValueError(f"kl_range ends before it begins: {low}, {high}")
+        raise ValueError(f"{what} ends before it begins: {low}, {high}")
     return low, high

@@ -246,6 +246,24 @@ def test_without_neutral_texts_nothing_is_said_of_side_effects_and_the_range_sta
     assert session.vectors["v"].kl_range == (-9.0, 9.0)
 
 
+def test_a_vector_measured_as_it_is_written_for_once_keeps_its_own_range_and_report(session):
+    own = measure(session)
+    before = session.vectors["v"]
+    other = measure(session, layers=[0], write="prompt", op="ablate")
+    session.vectors["moved"] = vector_of(layers=(0,), write="prompt", op="ablate")
+    expected = session.steerability("moved", SAMPLES, LAMBDAS, controls=False, progress=False)
+    np.testing.assert_array_equal(other.dose_response.values, expected.dose_response.values)
+    assert (other.layers, other.write, other.op) == ((0,), "prompt", "ablate")
+    assert session.vectors["v"] is before
+    assert session.reports["v"] is own
+    again = measure(session, site="resid_post", layers=before.layers, write=before.write, op=before.op)
+    assert session.reports["v"] is again
+    with pytest.raises(UserError, match="'v' is of resid_post, got site 'mlp_out'"):
+        measure(session, site="mlp_out")
+    with pytest.raises(UserError, match="layer 7 is out of range"):
+        measure(session, layers=[7])
+
+
 def test_the_range_within_the_budget_is_kept_with_the_vector_and_nothing_else_changes(session):
     before = session.vectors["v"]
     free = measure(session, kl_budget=1e6)

@@ -20,7 +20,7 @@ PROMPTS = [
     "Her first week at school was",
     "If you ask me, this book is",
 ]
-STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ DIRECTIONS = {block: np.arange(1.0, 5.0, dtype=np.float32) * (block + 1) for blo
 
 def made(**fields):
     usual = {"layers": (1,), "n_blocks": 3, "kl_range": (-2.0, 3.0), "separation": {0: 1.5, 1: -4.0, 2: 0.0}}
+    usual["separation_interval"] = {0: (1.0, 2.0), 1: (-6.0, -2.0)}
     known = {"activation_norms": {0: 5.0, 1: 6.0, 2: 7.0}, "method": "mean_diff", "n_pairs": 12, "read": "last"}
     return SteeringVector("v", dict(DIRECTIONS), **{**usual, **known, **fields})
 
@@ -29,6 +30,8 @@ def test_a_multiple_has_its_own_range_and_sign(make, kl_range, separation, facto
     other = make(v)
     assert other.kl_range == pytest.approx(kl_range)
     assert other.separation == {block: separation * value for block, value in v.separation.items()}
+    ends = {block: tuple(sorted(separation * end for end in own)) for block, own in v.separation_interval.items()}
+    assert other.separation_interval == ends
     assert other.norms == pytest.approx({block: abs(factor) * norm for block, norm in v.norms.items()})
     assert other.activation_norms == v.activation_norms  # of the states, which no factor changes
     # the same effect at the ends of the range

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from steered_runs import PAD, SITES, STEERED_FAMILIES, blocks_of, engine_of, hook_count, plain_pass
 from tiny_models import D_MODEL, N_BLOCKS, prompt_ids, tiny_model, tiny_tokenizer
@@ -18,7 +19,8 @@ from nblens.files import read_safetensors, write_safetensors
 from nblens.model.generation import Batch
 from nblens.specs import EXTRACTION_METHODS, ExtractionFinished, ExtractionSpec, Progress
 from nblens.steering.estimators import ESTIMATORS, METHODS
-from nblens.steering.extraction import SpanReader, best_block, shuffle_signs
+from nblens.steering.extraction import SpanReader, shuffle_signs
+from nblens.steering.judging import Judges, best_block, separation
 from nblens.steering.read_positions import READ_POSITIONS, check_read, read_name, read_span
 
 LENGTHS = ((4, 7), (9, 3), (5, 5), (12, 4), (3, 8), (6, 6), (8, 11))  # tokens of the two texts of each pair
@@ -141,24 +143,27 @@ def test_pairs_of_similar_length_share_a_batch_of_one_step():
 
 
 def separation_by_hand(family, positive, negative, site="resid_post"):
-    """d′ of every fourth pair along the direction of the other pairs; of all along their own below eight pairs."""
+    """Each pair's difference along the unit direction of all the others; its mean in standard deviations."""
     n = len(positive)
-    held = list(range(n)) if n < 8 else list(range(3, n, 4))
-    rest = list(range(n)) if n < 8 else [i for i in range(n) if i not in held]
-    axes = directions_by_hand(family, positive, negative, "last", site, rest)
     sides = [
-        torch.stack([(states_by_hand(family, texts[i], "last", site) * axes).sum(1) for i in held], 1)
-        for texts in (positive, negative)
+        torch.stack([states_by_hand(family, ids, "last", site) for ids in texts]) for texts in (positive, negative)
     ]
-    spread = ((sides[0].var(1) + sides[1].var(1)) / 2).sqrt()
-    return ((sides[0].mean(1) - sides[1].mean(1)) / spread).numpy()
+    differences, along = (sides[0] - sides[1]).double(), []
+    for i in range(n):
+        others = [k for k in range(n) if k != i]
+        axis = differences[others].mean(0)
+        along.append((differences[i] * axis).sum(1) / axis.norm(dim=1))
+    return (torch.stack(along).mean(0) / torch.stack(along).std(0)).numpy()
 
 
-@pytest.mark.parametrize("n_pairs", [2, 7, 8, 9, 21])
+@pytest.mark.parametrize("n_pairs", [4, 7, 8, 9, 21])
 def test_separation_is_that_of_pairs_that_the_direction_has_not_seen(n_pairs):
     positive, negative = pairs_of([LENGTHS[i % 7] for i in range(n_pairs)])
     event = extracted(engine_of("llama"), positive, negative, batch_size=5)
-    np.testing.assert_allclose(event.separation, separation_by_hand("llama", positive, negative), rtol=1e-4, atol=1e-4)
+    expected = separation_by_hand("llama", positive, negative)
+    np.testing.assert_allclose(event.separation, expected, rtol=1e-3, atol=1e-4)
+    error = np.sqrt(1 / n_pairs + expected**2 / (2 * (n_pairs - 1)))
+    np.testing.assert_allclose(event.separation_error, error, rtol=1e-3, atol=1e-4)
     # the direction itself is of all pairs
     assert_close(event.directions, directions_by_hand("llama", positive, negative, "last", "resid_post"))
 
@@ -340,19 +345,59 @@ def test_the_vector_keeps_how_far_apart_each_block_holds_held_back_pairs(session
     expected = separation_by_hand("llama", positive, negative, site)
     np.testing.assert_allclose([vector.separation[b] for b in range(N_BLOCKS)], expected, rtol=1e-3, atol=1e-3)
     assert vector.site == site
-    assert vector.layers == (best_block(expected, len(TEXTS)),)
+    error = np.sqrt(1 / 12 + expected**2 / 22)
+    assert vector.layers == (best_block(expected, error),)
+    for block in range(N_BLOCKS):
+        reach = scipy.stats.t.ppf(0.975, 11) * error[block]
+        assert vector.separation_interval[block] == pytest.approx(
+            (expected[block] - reach, expected[block] + reach), rel=1e-3
+        )
+    assert f"separation {vector.separation_words(vector.layers[0])}, mean_diff of 12 pairs" in repr(vector)
 
 
-@pytest.mark.parametrize("best", range(4, 8))
-def test_it_is_written_by_default_where_the_middle_third_separates_best(best):
+@pytest.mark.parametrize("best", range(4, 10))
+def test_it_is_written_by_default_where_the_middle_of_the_depth_separates_best(best):
     separation = np.full(12, 1.0)
-    separation[[0, 3, 8, 11]] = 9.0  # the ends separate better still
+    separation[[0, 3, 10, 11]] = 9.0  # the ends separate better still
     separation[best] = 2.0
-    assert best_block(separation, 8) == best
+    assert best_block(separation, np.full(12, 0.5)) == best
 
 
-def test_too_few_pairs_to_hold_any_back_are_written_at_the_middle_block():
-    assert best_block(np.arange(12.0), 7) == 6
+def test_of_blocks_that_are_as_good_as_the_best_it_is_the_last():
+    separation = np.array([0, 0, 0, 0, 1.0, 2.0, 1.8, 1.7, 1.2, 1.0, 3, 3])
+    assert best_block(separation, np.full(12, 0.35)) == 7
+    assert best_block(separation, np.full(12, 0.1)) == 5
+
+
+def test_too_few_pairs_to_judge_by_are_written_at_the_middle_block(session):
+    assert best_block(np.full(12, np.nan), np.full(12, np.nan)) == 6
+    vector = session.extract("few", TEXTS[:3])
+    assert (vector.layers, vector.separation, vector.separation_interval) == ((1,), {}, {})
+    assert "separation" not in repr(vector)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n_pairs", [5, 20, 70])
+def test_every_method_is_judged_by_directions_that_have_not_seen_the_pair(method, n_pairs):
+    """Of sides that do not differ but for noise, directions that had seen it would tell them apart."""
+    draw = torch.Generator().manual_seed(n_pairs)
+    positive, negative = (torch.randn(2, n_pairs, 400, generator=draw) for _ in range(2))
+    judges, estimator = Judges.of(method, n_pairs), ESTIMATORS[method](2, 400)
+    held = list(judges.pairs)
+    rest = list(range(n_pairs)) if judges.one_by_one else [i for i in range(n_pairs) if i not in held]
+    estimator.add(positive[:, rest], negative[:, rest])
+    along = judges.projections(positive[:, held], negative[:, held], estimator.directions())
+    assert len(held) == (min(n_pairs, 64) if method == "mean_diff" and n_pairs < 65 else len(held)) > 3
+    distance, error = separation(along)
+    assert (np.abs(distance) < 4 * error).all()
+    for place in {0, len(held) - 1}:
+        others = [i for i in (range(n_pairs) if judges.one_by_one else rest) if i != held[place]]
+        alone = ESTIMATORS[method](2, 400)
+        alone.add(positive[:, others], negative[:, others])
+        axis = torch.from_numpy(alone.directions()).double()
+        difference = (positive - negative)[:, held[place]].double()
+        expected = (difference * axis).sum(1) / axis.norm(dim=1)
+        torch.testing.assert_close(along[:, place], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("planted", [2, 3])
@@ -380,9 +425,8 @@ def test_it_is_written_at_the_block_where_the_sides_were_planted(planted):
 
 @pytest.mark.parametrize("n_blocks", range(1, 40))
 def test_a_model_of_any_depth_has_a_block_to_write_at(n_blocks):
-    for separation in (np.arange(n_blocks), -np.arange(n_blocks)):
-        assert 0 <= best_block(separation, 8) < n_blocks
-        assert 0 <= best_block(separation, 1) < n_blocks
+    for distances in (np.arange(n_blocks), -np.arange(n_blocks), np.full(n_blocks, np.nan)):
+        assert 0 <= best_block(distances, np.ones(n_blocks)) < n_blocks
 
 
 def test_asked_for_blocks_are_written_instead_of_the_best(session):

@@ -37,8 +37,8 @@ COMMANDS = {
         "NAME PROMPT",
         _WRITTEN | {"coefficients", "answers", "max_new_tokens", "temperature", "seed", "chat"},
     ),
-    "eval": Command("NAME FILE", _MEASURED | {"pairs"}),
-    "experiment": Command("NAME FILE", _READ | _WRITTEN | _MEASURED | {"normalise"}),
+    "eval": Command("NAME FILE", _MEASURED | _WRITTEN | {"pairs", "site"}),
+    "experiment": Command("NAME FILE", _READ | _WRITTEN | _MEASURED | {"normalise", "paper"}),
 }
 """By the word that stands after `%steer`."""
 
@@ -166,6 +166,7 @@ def _steer() -> MagicParser:
     parser.add_argument("--kl-budget", type=float, metavar="NATS", help="what steering may cost (default: 0.5)")
     _flag(parser, "--once", "panel: write texts while the page waits, where nothing arrives from the background")
     _flag(parser, "--no-controls", "eval, experiment: leave random directions and shuffled labels out")
+    _flag(parser, "--paper", "experiment: read at the label, at ln2_out, as arXiv 2604.06483 does")
     _flag(parser, "--normalise", "experiment: give the vector norm 1")
     add_output(parser, "result")
     return parser

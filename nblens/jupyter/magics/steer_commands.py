@@ -103,11 +103,12 @@ def _sweep(session: Session, options: Namespace, name: str, prompt: str) -> Any:
 
 
 def _eval(session: Session, options: Namespace, name: str, file: str) -> Any:
-    return session.steerability(name, file, **_given(options, "pairs"), **_measured(options))
+    asked = _given(options, "pairs", "site", "layers", "write", "op")
+    return session.steerability(name, file, **asked, **_measured(options))
 
 
 def _experiment(session: Session, options: Namespace, name: str, file: str) -> Any:
-    names = ("method", "site", "read", "layers", "write", "op", "normalise")
+    names = ("paper", "method", "site", "read", "layers", "write", "op", "normalise")
     return session.steering_experiment(name, file, **_given(options, *names), **_measured(options))
 
 

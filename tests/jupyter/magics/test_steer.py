@@ -287,8 +287,18 @@ def test_an_experiment_makes_chooses_and_measures_in_one_line(run, session, samp
     assert sum(cell.value.splits.values()) == len(SAMPLES)
     assert set(cell.value.layer_slopes) == {0, 1}
     kept = session.vectors["made"]
-    assert (kept.layers, kept.write, kept.op, kept.read) == ((cell.value.chosen_layer,), "prompt", "rotate", "label")
+    assert (kept.layers, kept.write, kept.op, kept.read) == ((cell.value.chosen_layer,), "prompt", "rotate", "last")
     assert kept.kl_range is not None
+    run(f"%steer experiment papers '{samples}' --paper --layers 0-1 --coefficients -1,1 --no-controls")
+    assert (session.vectors["papers"].site, session.vectors["papers"].read) == ("ln2_out", "label")
+
+
+def test_a_vector_is_measured_as_it_is_written_for_once(run, refused, session, vector, samples):
+    before = session.vectors["cheerful"]
+    cell = run(f"%steer eval cheerful '{samples}' --layers 0 --op ablate --no-controls --coefficients 0,1")
+    assert (cell.value.layers, cell.value.op) == ((0,), "ablate")
+    assert session.vectors["cheerful"] is before
+    assert "is of resid_post, got site 'ln2_out'" in refused(f"%steer eval cheerful '{samples}' --site ln2_out")
 
 
 def test_an_operation_and_a_range_are_set_from_the_line(run, session, vector):
