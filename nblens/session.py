@@ -552,16 +552,17 @@ class Session:
         spec, _ = build.run("sweep", prompt, {}, *asked, chat=chat, copies=len(strengths), fewest=1)
         written = self.vectors.write(steer, strengths)
         spec = build.acting(replace(spec, steering=(written,)))
-        scored = answer_ids = answer_texts = None
+        scored = answer_ids = None
         if answers is not None:
             encoded = build.scored(prompt, answers, written, chat=chat)
-            answer_ids, answer_texts = encoded.answers, encoded.texts
+            answer_ids, (positive, negative) = encoded.answers, encoded.texts
+            answers = positive, negative
             scored = Scorer(client.events, progress=False).answered(encoded, written)
 
         def assemble(result: RunResult) -> Sweep:
             used = [replace(steer, coefficient=c) for c in strengths]
             rows = [result.generation(row, self._decode, [own], own.coefficient) for row, own in enumerate(used)]
-            return Sweep(rows, name, answer_texts, scored, answer_ids)
+            return Sweep(rows, name, answers, scored, answer_ids)
 
         return client.run(spec, assemble)
 

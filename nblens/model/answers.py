@@ -31,7 +31,7 @@ class AnsweredPrompt:
     """how many tokens hold the prompt alone, the same in all"""
     labels: Ids
     """position of each answer's label: the token that holds the first character in which the answers differ"""
-    texts: tuple[str, ...] = ()
+    texts: tuple[str, ...]
     """each answer as it continues the prompt"""
     turns: tuple[Turn, ...] = ()
     """the messages of a prompt that is a conversation"""

@@ -91,8 +91,9 @@ def _as_written(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts
     if (part := shown_bytes(text)) is not None and (named := texts.token_of(part)) is not None:
         yield named
     entry = tokenizer.convert_tokens_to_ids(text)
-    is_entry = isinstance(entry, int) and tokenizer.convert_ids_to_tokens(entry) == text
-    if is_entry and texts(entry) != text and not _is_letter_of_bytes(tokenizer, entry, texts):
+    if not isinstance(entry, int) or tokenizer.convert_ids_to_tokens(entry) != text:
+        return
+    if texts(entry) != text and not _is_letter_of_bytes(tokenizer, entry, texts):
         yield entry
 
 

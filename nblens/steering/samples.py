@@ -32,7 +32,7 @@ class Sample:
 
     What the model reads is the prompt followed by an answer as it would continue it, with its leading space where the
     prompt does not end in one: "A" is " A" after "Answer:", and "A" after "Answer: (". A prompt may be a conversation,
-    as a sequence of messages; the answer is then the beginning of the model's turn, behind what the template puts there.
+    as a sequence of messages; the answer is then the beginning of the model's turn, behind what the template has there.
     """
 
     prompt: str | Conversation
