@@ -141,7 +141,7 @@ class Sweep(list[Generation]):
             The sweep was made without answers.
         """
         if self.propensities is None:
-            raise UserError('this sweep has no propensities to draw; give answers=(" yes", " no") to session.sweep')
+            raise UserError('this sweep has no propensities to draw; give answers=("yes", "no") to session.sweep')
         from nblens.plots import strength_curve
 
         return strength_curve(self.coefficients, self.propensities)

@@ -520,7 +520,7 @@ class Session:
     ) -> Sweep:
         """Continue one prompt under several coefficients of a vector, in one batched run.
 
-        >>> sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], 2, answers=(" lovely", " awful"))
+        >>> sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], 2, answers=("lovely", "awful"))
         >>> [generation.text for generation in sweep]
         [' dreary.', ' quite great', ' perfect.']
         >>> sweep.propensities.round(1).tolist()

@@ -235,6 +235,12 @@ def test_what_ends_a_prompt_is_read_with_its_special_tokens():
     tokenizer = byte_level()
     assert end_of(tokenizer, [*bare(tokenizer, "the"), tokenizer.eos_token_id]) == "the</s>"
     assert continued("mat", "the</s>") == "mat"
+    for kind in (byte_fallback, metaspace):  # one puts a space behind a special token, the other does not
+        whole = bare(kind(), "the</s>mat")
+        assert single_token(kind(), "mat", 500, "the</s>") == whole[-1]
+    assert kind().convert_ids_to_tokens(whole[-1]) != byte_fallback().convert_ids_to_tokens(
+        bare(byte_fallback(), "the</s>mat")[-1]
+    )
     assert end_of(tokenizer, bare(tokenizer, TEXT * 50)).endswith(TEXT)
 
 
@@ -264,6 +270,7 @@ def test_what_ends_a_prompt_is_read_with_its_special_tokens():
         ("이것은", "고양이", " 고양이"),
         ("法国的首都是", "巴黎", "巴黎"),
         ("The capital is", "巴黎", "巴黎"),
+        ("法国的首都是", "Paris", "Paris"),
         ("首都是：", "Paris", "Paris"),
         ("นี่คือ", "แมว", "แมว"),
     ],

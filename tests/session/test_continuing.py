@@ -129,6 +129,20 @@ def test_a_vector_is_made_of_the_text_that_it_is_measured_on(session, read):
     assert extractor._spec(pairs, **options).positive[0] == answered.ids[0]
 
 
+def test_under_chat_both_are_made_of_what_follows_the_template(level):
+    level.tokenizer.chat_template = "{{ messages[0].content }}\na:"
+    try:
+        pairs = [Sample("the cat", "mat", "no"), Sample("the dog", "no", "mat")]
+        (answered, _) = inside(level)[0].answers(pairs, chat=True)
+        assert answered.texts == (" mat", " no")
+        for read in ("last", "label"):
+            options = {"method": "mean_diff", "site": "resid_post", "read": read, "chat": True}
+            spec = Session._extractor(level)._spec(pairs, **options)
+            assert (spec.positive[0], spec.negative[0]) == answered.ids
+    finally:
+        level.tokenizer.chat_template = None
+
+
 def test_answers_that_say_their_space_are_left_alone(level):
     build, _ = inside(level)
     for prompt, answers in [("the cat?", (" (A)", " (R)")), ("the cat?", ("(A)", "(R)")), ("the cat? (", ("A", "R"))]:

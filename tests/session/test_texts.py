@@ -127,6 +127,7 @@ def test_a_token_that_holds_part_of_a_character_says_of_which(attach, tmp_path, 
     page = traj.to_html()
     assert f'title="⟨82⟩ of 那 (id {traj.token_ids[place + 1]}), token {place + 1}"' in page  # the column's own token
     assert f'title="⟨82⟩ of 那 (id {traj.token_ids[place + 1]}), token {place}"' in page  # and what follows
+    assert f'title="⟨E9⟩ of 那 (id {traj.token_ids[place]}), token {place - 1}"' in page
     assert "⟨82⟩ of" not in session.lens(traj.token_ids[place + 1 : place + 2], layers=-1).to_html()
 
 

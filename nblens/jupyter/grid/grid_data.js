@@ -35,8 +35,6 @@ const KINDS = {
   next_prob: Uint16Array, next: Uint32Array, targets: Uint16Array, base_prob: Uint16Array, kl_from_base: Float32Array,
 };
 
-const EARLIER = 3; // tokens before a new one that may make a character with it
-
 const TYPES = { u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 
 /** What one view of one site holds. */
@@ -68,7 +66,7 @@ export class Sheet {
     const end = part.start + part.tokens.length;
     this.tokens.length = Math.min(this.tokens.length, part.start);
     for (const token of part.tokens) this.tokens.push(token);
-    this.characters.length = Math.min(this.characters.length, Math.max(0, part.start - EARLIER));
+    this.characters.length = Math.min(this.characters.length, part.start);
     Object.assign(this.characters, part.characters);
     this.targetIds = part.target_ids;
     this.promptLength = part.prompt_length;
