@@ -256,7 +256,7 @@ class RequestBuilder:
 
     def _target_id(self, target: str | int, ends: Mapping[str, int]) -> int:
         """The token that a target is behind each of these ends of prompts, given with the prompts' numbers."""
-        size, texts = self.architecture.vocab_size, TokenTexts(self.tokenizer)
+        size = self.architecture.vocab_size
         numbers: dict[int, int] = {}
         for end, number in sorted(ends.items(), key=operator.itemgetter(1)):
             try:
@@ -264,7 +264,8 @@ class RequestBuilder:
             except UserError as error:
                 raise error if len(ends) == 1 else UserError(f"after prompt {number}, {error}") from None
         (first, _), *others = numbers.items()
-        for other, number in others:
+        if others:
+            (other, number), texts = others[0], TokenTexts(self.tokenizer)
             raise UserError(
                 f"target {shown(target)} is {shown(texts(first))} (id {first}) after prompt 1 and "
                 f"{shown(texts(other))} (id {other}) after prompt {number}; give an id, or these prompts apart"

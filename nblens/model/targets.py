@@ -104,24 +104,16 @@ def _is_letter_of_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int, texts
 
 
 def _no_target(tokenizer: PreTrainedTokenizerBase, text: str, texts: TokenTexts, before: str) -> str:
-    """Say what a text is instead of one token; what is offered can be given as it stands."""
+    """Say what a text is instead of one token, and what can be given."""
     follows = shown(continued(text, before))
     tokenized = _continuation(tokenizer, text, before)
-    ids, pieces = tokenized.ids, tokenizer.convert_ids_to_tokens(list(tokenized.ids[:_MOST_PIECES]))
+    ids = tokenized.ids
     if not ids:
         return f"target {follows} is no token: this model's tokenizer drops it; give another, or an id"
     if set(ids) == {tokenizer.unk_token_id}:
         return f"target {follows} is not in this model's vocabulary; give another, or an id"
-    offered = [_offered(tokenizer, *token, texts, before) for token in zip(ids, pieces, strict=False)]
-    if len(ids) > _MOST_PIECES:
-        offered.append("…")
+    more = ["…"] if len(ids) > _MOST_PIECES else []
+    pieces = " + ".join([*(shown(texts(token_id)) for token_id in ids[:_MOST_PIECES]), *more])
+    named = ", ".join([*map(str, ids[:_MOST_PIECES]), *more])
     count = len(ids) if tokenized.whole else f"{len(ids)} or more"
-    return f"target {follows} is {count} tokens ({' + '.join(offered)}), a target is one; give one of them or its id"
-
-
-def _offered(tokenizer: PreTrainedTokenizerBase, token_id: int, piece: str, texts: TokenTexts, before: str) -> str:
-    """A token as it can be given: by its entry or its bytes where those mean this very token."""
-    if texts.bytes_of(token_id) is not None:
-        piece = texts(token_id)
-    own = _as_one_token(tokenizer, piece, texts, before) == token_id
-    return shown(piece) if own else f"{token_id} for {shown(piece)}"
+    return f"target {follows} is {count} tokens ({pieces}), a target is one; give the id of one of them: {named}"

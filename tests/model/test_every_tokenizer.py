@@ -131,23 +131,23 @@ def test_a_chat_template_that_fails_is_one_line(template, message):
     assert "\n" not in str(caught.value)
 
 
-OFFERED = re.compile(r"tokens \((.*)\), a target is one")
+REFUSED = re.compile(r"tokens \((.*)\), a target is one; give the id of one of them: (.*)")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["(A", "the cat", "playing", "é", "\nthe", "Paris is", "😀", "aé", "▁the", "Ã©"])
-def test_what_a_message_offers_as_a_piece_is_accepted(kind, text):
+def test_a_message_names_the_pieces_with_their_ids(kind, text):
     tokenizer = kind()
     if (message := refusal(tokenizer, text)) is None:
         return
-    if (match := OFFERED.search(message)) is None:
+    if (match := REFUSED.search(message)) is None:
         assert re.search("is not in this model's vocabulary|tokenizer drops it", message)
         return
-    offered = [item for item in match[1].split(" + ") if item != "…"]
-    given = [int(item.split(" for ")[0]) if " for " in item else eval(item) for item in offered]
+    pieces, ids = match[1].removesuffix(" + …").split(" + "), match[2].removesuffix(", …").split(", ")
     follows = f" {text}" if text[0].isalnum() else text
-    ids = bare(tokenizer, BEFORE + follows)[len(bare(tokenizer, BEFORE)) :][: len(given)]
-    assert tuple(single_token(tokenizer, item, len(tokenizer), BEFORE) for item in given) == ids
+    expected = bare(tokenizer, BEFORE + follows)[len(bare(tokenizer, BEFORE)) :][: len(ids)]
+    assert tuple(single_token(tokenizer, int(item), len(tokenizer), BEFORE) for item in ids) == expected
+    assert tuple(map(eval, pieces)) == TokenTexts(tokenizer).all(expected)
 
 
 def refusal(tokenizer, text):
@@ -183,8 +183,8 @@ def test_a_target_is_found_in_a_vocabulary_of_any_kind(kind, text, piece):
     [
         (word_piece, "😀", "target '😀' is not in this model's vocabulary"),
         (unigram, "\n", r"target '\\n' is no token: this model's tokenizer drops it"),
-        (byte_level, "é", "target ' é' is 3 tokens .'Ġ' . '⟨C3⟩' . '⟨A9⟩'."),  # and not the byte that `é` names
-        (byte_fallback, "A", r"target ' A' is 2 tokens .'▁' \+ \d+ for 'A'."),  # and not the letter without its space
+        (byte_level, "é", "target ' é' is 3 tokens .' ' . '⟨C3⟩' . '⟨A9⟩'."),  # and not the byte that `é` names
+        (byte_fallback, "A", r"target ' A' is 2 tokens .' ' \+ 'A'."),  # and not the letter without its space
         (byte_level, 1.5, "a target is text or a token id, got 1.5"),
     ],
 )

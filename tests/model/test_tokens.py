@@ -205,7 +205,10 @@ def test_a_target_is_an_id_or_one_token_with_or_without_its_space():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("xyz", r"target ' xyz' is 4 tokens \('Ġ' \+ \d+ for 'x' \+ \d+ for 'y' \+ \d+ for 'z'\), a target is one"),
+        (
+            "xyz",
+            r"target ' xyz' is 4 tokens \(' ' \+ 'x' \+ 'y' \+ 'z'\), a target is one; give the id of one of them",
+        ),
         (260, "target id 260 is outside the vocabulary of 260"),
         (-1, "target id -1 is outside the vocabulary of 260"),
         ("", "a target is empty"),

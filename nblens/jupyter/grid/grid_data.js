@@ -10,7 +10,8 @@
 /** @typedef {DataView<ArrayBuffer> | ArrayBuffer} Bytes */
 /** @typedef {{name: string, views: string[], layers: number[], k: number, n_shared: number, reading: string,
  *   model: string}} Site */
-/** @typedef {{site: string, view: string, start: number, tokens: string[], characters: Record<number, string>, target_ids: number[], prompt_length: number,
+/** @typedef {{site: string, view: string, start: number, tokens: string[], characters: Record<number, string>,
+ *   target_ids: number[], prompt_length: number,
  *   arrays: [name: ArrayName, type: keyof typeof TYPES, offset: number, length: number][]}} Part tokens from `start` on */
 /** @typedef {{sheets: Part[], sites: Site[], scales: Record<Metric, Scale>,
  *   vocabulary: {start: number, ids: number[], texts: string[]}}} Header */
