@@ -20,10 +20,11 @@ from nblens.lens.lens_store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers
 from nblens.model.architecture import Architecture, ModelFacts
 from nblens.model.chats import Chat, Conversation
+from nblens.model.continuation import end_of
 from nblens.model.prompts import FedPrompt, OnePrompt, as_conversation, as_prompts, encode_prompt
 from nblens.model.sites import check_site
 from nblens.model.targets import single_token
-from nblens.model.tokens import encode
+from nblens.model.tokens import TokenTexts, encode
 from nblens.options import SITE, Prompt, check_generation, listed, plain_options, several_sites
 from nblens.specs import (
     LENS_KINDS,
@@ -247,19 +248,29 @@ class RequestBuilder:
         if not isinstance(targets, (str, Integral, Iterable)):
             raise UserError(f"targets must be tokens, as text or ids, got {shown(targets)}")
         wanted = [targets] if isinstance(targets, (str, Integral)) else listed("targets", targets)
-        return tuple(self._target_id(target, list(dict.fromkeys(prompts)) or [()]) for target in wanted)
+        ends = {"": 1}
+        if any(isinstance(target, str) for target in wanted):
+            numbered = [(end_of(self.tokenizer, prompt), number) for number, prompt in enumerate(prompts, 1)]
+            ends = dict(reversed(numbered)) or ends  # of equal ends the first
+        return tuple(self._target_id(target, ends) for target in wanted)
 
-    def _target_id(self, target: str | int, prompts: Sequence[Ids]) -> int:
+    def _target_id(self, target: str | int, ends: Mapping[str, int]) -> int:
+        """The token that a target is behind each of these ends of prompts, given with the prompts' numbers."""
         size = self.architecture.vocab_size
-        ids = [single_token(self.tokenizer, target, size, prompt) for prompt in prompts]
-        if len(set(ids)) > 1:
-            first, other = ids[0], next(one for one in ids if one != ids[0])
-            names = (shown(self.tokenizer.convert_ids_to_tokens(one)) for one in (first, other))
+        numbers: dict[int, int] = {}
+        for end, number in sorted(ends.items(), key=operator.itemgetter(1)):
+            try:
+                numbers.setdefault(single_token(self.tokenizer, target, size, end), number)
+            except UserError as error:
+                raise error if len(ends) == 1 else UserError(f"after prompt {number}, {error}") from None
+        (first, _), *others = numbers.items()
+        if others:
+            (other, number), texts = others[0], TokenTexts(self.tokenizer)
             raise UserError(
-                f"target {shown(target)} is {next(names)} (id {first}) after one prompt and {next(names)} (id {other}) "
-                "after another; give its id, or the prompts one by one"
+                f"target {shown(target)} is {shown(texts(first))} (id {first}) after prompt 1 and "
+                f"{shown(texts(other))} (id {other}) after prompt {number}; give an id, or these prompts apart"
             )
-        return ids[0]
+        return first
 
     def capture(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from nblens.layers import format_layers
 from nblens.specs import RunSpec, SteeringWrite
-from nblens.text import short_number
+from nblens.text import few, short_number, visible
 
 __all__ = ["Circumstances", "SteeredBy", "circumstances_of", "live_name"]
 
@@ -59,6 +59,8 @@ class Circumstances:
     temperature: float = 0.0
     seed: int | None = None
     """of sampling; None where nothing was sampled"""
+    targets: tuple[str, ...] = ()
+    """texts of the tokens that the lens was asked to follow"""
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -68,6 +70,8 @@ class Circumstances:
             facts.append(f"steered: {', '.join(map(str, self.steering))}")
         if self.seed is not None:
             facts.append(f"temperature {short_number(self.temperature)}, seed {self.seed}")
+        if self.targets:
+            facts.append(f"following {few(map(visible, self.targets))}")
         return tuple(filter(None, facts))
 
     def as_plain(self) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Circumstances:
     def of_plain(cls, plain: Mapping[str, Any]) -> Self:
         """Read what `as_plain` gave; raises `TypeError` or `ValueError` where it is something else."""
         steering = tuple(_read_steered_by(**one) for one in plain.get("steering", ()))
-        read = cls(**{**plain, "steering": steering})
+        read = cls(**{**plain, "steering": steering, "targets": tuple(plain.get("targets", ()))})
         for name in ("revision", "dtype", "template"):
             if not isinstance(getattr(read, name), str):
                 raise ValueError(f"{name} must be text, got {getattr(read, name)!r}")

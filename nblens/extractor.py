@@ -232,7 +232,7 @@ class Extractor:
         check_characters("an answer", answer)
         tokenizer, room = self.build.tokenizer, self.build.context
         opening = opening_of(tokenizer, prompt, chat)
-        whole = tokenize(tokenizer, opening.text + continued(answer, opening.going_on), special=False, most=room)
+        whole = tokenize(tokenizer, opening.text + continued(answer, opening.text), special=False, most=room)
         check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
         return FedPrompt(whole.ids, turns_among(whole, opening.spans))
 

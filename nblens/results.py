@@ -100,7 +100,7 @@ class Sweep(list[Generation]):
     name : str
         The vector that was swept.
     answers : (str, str), optional
-        Positive and negative answer.
+        Positive and negative answer as they continue the prompt, with their spaces.
     propensities : numpy.ndarray, optional
         float64 (n,): log P(positive) − log P(negative) after the prompt under each coefficient, nats.
     answer_ids : (tuple of int, tuple of int), optional
@@ -141,7 +141,7 @@ class Sweep(list[Generation]):
             The sweep was made without answers.
         """
         if self.propensities is None:
-            raise UserError('this sweep has no propensities to draw; give answers=(" yes", " no") to session.sweep')
+            raise UserError('this sweep has no propensities to draw; give answers=("yes", "no") to session.sweep')
         from nblens.plots import strength_curve
 
         return strength_curve(self.coefficients, self.propensities)

@@ -218,10 +218,11 @@ class Session:
         top_k : int
             How many of the most likely tokens to keep per cell.
         targets : sequence of str or int, optional
-            Tokens (text or ids) to follow through all layers; text as it would continue the prompt, so that "Paris" is
-            " Paris" after "The capital of France is". None: the distinct top tokens over the layers at the
-            prompt's last token, at most 8, the last block's first; of these without ranks, and in a prompt of
-            several hundred tokens over its last part alone.
+            Tokens (text or ids) to follow through all layers. A text is taken as it would continue the prompt, with
+            its leading space where the prompt does not end in one: "Paris" is " Paris" after "The capital of France
+            is", and "Paris" after a space, an opening bracket or a new line. None: the distinct top tokens over the
+            layers at the prompt's last token, at most 8, the last block's first; of these without ranks, and in a
+            prompt of several hundred tokens over its last part alone.
         lens : str
             "logit": the logit lens (nostalgebraist 2020), final norm and lm_head applied to each block. Else a name in
             `session.lenses`, or the path of a lens file: its translators come first. See `fit_lens`.
@@ -296,7 +297,7 @@ class Session:
         prompt : str or sequence of int
             One text, or its token ids.
         targets : sequence of str or int, optional
-            Tokens (text or ids). None: the most likely token after the prompt.
+            Tokens (text or ids), as in `lens`. None: the most likely token after the prompt.
         layers, max_new_tokens, generate, steer, chat, seed, temperature
             As in `lens`.
         **options
@@ -518,7 +519,7 @@ class Session:
     ) -> Sweep:
         """Continue one prompt under several coefficients of a vector, in one batched run.
 
-        >>> sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], 2, answers=(" lovely", " awful"))
+        >>> sweep = session.sweep("The summer was", "cheerful", [-1, 0, 1], 2, answers=("lovely", "awful"))
         >>> [generation.text for generation in sweep]
         [' dreary.', ' quite great', ' perfect.']
         >>> sweep.propensities.round(1).tolist()
@@ -535,9 +536,8 @@ class Session:
         max_new_tokens : int
             Most tokens to add.
         answers : (str, str), optional
-            A positive and a negative answer that may follow the prompt, with a space where words have one: the sweep
-            then holds the log-probability of
-            the one minus that of the other under each coefficient, too.
+            A positive and a negative answer as they would continue the prompt, as `targets` of `lens` do: the sweep
+            then holds the log-probability of the one minus that of the other under each coefficient, too.
         layers, write, op
             As in `nblens.Steer`; None: the vector's own.
         temperature, seed, chat
@@ -554,7 +554,9 @@ class Session:
         scored = answer_ids = None
         if answers is not None:
             encoded = build.scored(prompt, answers, written, chat=chat)
-            answer_ids, scored = encoded.answers, Scorer(client.events, progress=False).answered(encoded, written)
+            answer_ids, (positive, negative) = encoded.answers, encoded.texts
+            answers = positive, negative
+            scored = Scorer(client.events, progress=False).answered(encoded, written)
 
         def assemble(result: RunResult) -> Sweep:
             used = [replace(steer, coefficient=c) for c in strengths]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 
 __all__ = [
@@ -17,11 +17,13 @@ __all__ = [
     "byte_size",
     "changed_words",
     "display_width",
+    "few",
     "fit",
     "percent",
     "plain",
     "short_number",
     "visible",
+    "whole_characters",
 ]
 
 _SYMBOLS = {" ": "·", "\n": "⏎", "\t": "⇥"}
@@ -35,6 +37,31 @@ def visible(text: str) -> str:
     if shown and unicodedata.combining(shown[0]):
         shown = "◌" + shown
     return shown or "∅"
+
+
+def whole_characters(parts: Sequence[bytes | None]) -> tuple[str, ...]:
+    """Characters of several tokens, at each token that holds a part of them; empty at any other.
+
+    >>> parts = [bytes([byte]) for byte in "那".encode()]
+    >>> whole_characters([*parts, None, parts[0]])
+    ('那', '那', '那', '', '')
+
+    Parameters
+    ----------
+    parts : sequence of bytes or None
+        Bytes of each token that holds part of a character; None for any other.
+    """
+    found = [""] * len(parts)
+    for is_text, group in groupby(range(len(parts)), lambda place: parts[place] is None):
+        if not is_text:
+            holders = [(place, byte) for place in group for byte in parts[place] or b""]
+            for character in bytes(byte for _, byte in holders).decode(errors="surrogateescape"):
+                size = len(character.encode(errors="surrogateescape"))
+                places = {place for place, _ in holders[:size]}
+                del holders[:size]
+                for place in places if len(places) > 1 else ():
+                    found[place] += character
+    return tuple(found)
 
 
 def plain(text: str) -> str:
@@ -58,6 +85,18 @@ def fit(text: str, columns: int) -> str:
             break
         kept += character
     return kept + "…"
+
+
+def few(texts: Iterable[str], most: int = 4) -> str:
+    """Texts with commas between them, of many the first ones and how many more there are.
+
+    >>> few("abc"), few("abcdef")
+    ('a, b, c', 'a, b, c and 3 more')
+    """
+    texts = list(texts)
+    if len(texts) <= most:
+        return ", ".join(texts)
+    return f"{', '.join(texts[: most - 1])} and {len(texts) - most + 1} more"
 
 
 def percent(probability: float) -> str:

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from nblens.colors import DIFFERENCE_COLORS, MAGNITUDE_COLORS, Scale, contrast, ink
-from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible
+from nblens.text import changed_words, display_width, fit, percent, plain, short_number, visible, whole_characters
 
 
 @pytest.mark.parametrize("color", [*MAGNITUDE_COLORS, *DIFFERENCE_COLORS])
@@ -195,3 +195,18 @@ def test_words_are_compared_between_two_messages():
     began = time.perf_counter()
     changed_words(*texts)
     assert time.perf_counter() - began < 0.3
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([b"\xf0\x9f", b"\x98\x80"], "😀 😀"),
+        ([b" \xe9\x82", b"\xa3\xe4", b"\xbd\xa0"], "那 那你 你"),  # one token, parts of two characters
+        ([b"a\xc3", None, b"\xa9"], "- - -"),
+        ([b"\xe9", b"\xe9", b"\x82", b"\xa3", b"\x82"], "- 那 那 那 -"),
+        ([None, b"\xc3\xa9\xff", b"\xc3"], "- - -"),  # a whole one needs no neighbour
+        ([], ""),
+    ],
+)
+def test_characters_are_those_that_neighbours_make_together(parts, expected):
+    assert whole_characters(parts) == tuple(word.replace("-", "") for word in expected.split())

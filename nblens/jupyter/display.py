@@ -19,7 +19,7 @@ from nblens.jupyter.stand_in import behind_pages
 from nblens.layers import format_layers
 from nblens.lens.comparison import Comparison
 from nblens.lens.shown import Shown
-from nblens.text import aligned, byte_size, plain, short_number
+from nblens.text import aligned, byte_size, plain, short_number, visible
 from nblens.views.html import render_fragment
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def sweep_table(sweep: Sweep) -> Table:
     rows = [[short_number(c), text] for c, text in zip(sweep.coefficients, texts, strict=True)]
     if sweep.propensities is None or sweep.answers is None:
         return Table("", (f">{sweep.name}", "text"), rows)
-    positive, negative = (plain(answer).strip() for answer in sweep.answers)
+    positive, negative = map(visible, sweep.answers)
     rows = [[c, f"{value:+.2f}", text] for (c, text), value in zip(rows, sweep.propensities, strict=True)]
     return Table("", (f">{sweep.name}", f">{positive} − {negative}", "text"), rows)
 

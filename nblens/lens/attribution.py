@@ -17,6 +17,7 @@ from nblens.model.architecture import Architecture
 from nblens.model.capture import RowSpan
 from nblens.readout.frozen_tail import FrozenTail
 from nblens.specs import AttributionSpec, ReadoutSlice
+from nblens.text import few, visible
 from nblens.views.panels import name_of, shared_texts
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class Attribution:
     def __repr__(self) -> str:
         facts = ", ".join(filter(None, (self.model, *self.circumstances.facts)))
         return escaped(
-            f"Attribution({len(self.layers)} layers × {len(self.tokens)} tokens × {len(self.target_ids)} targets, "
-            f"{facts})"
+            f"Attribution({few(map(visible, self.target_tokens))} over {len(self.layers)} layers × "
+            f"{len(self.tokens)} tokens, {facts})"
         )
 
 

@@ -28,6 +28,7 @@ def panel_of(cells: Cells, title: str = "", text: str = "") -> GridPanel:
         marked=top == top[-1],
         mark_means="as in the last block",
         text=text,
+        characters=cells.characters,
         circumstances=cells.circumstances.facts,
         **same,
     )

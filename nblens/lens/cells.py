@@ -12,6 +12,7 @@ import numpy as np
 from nblens.circumstances import Circumstances
 from nblens.errors import UserError, shown
 from nblens.layers import format_layers, parse_layers
+from nblens.text import whole_characters
 from nblens.views.panels import TokenGrid
 
 __all__ = ["METRICS", "PER_CELL", "PER_CELL_MANY", "PER_TOKEN", "Cells"]
@@ -103,6 +104,12 @@ class Cells(TokenGrid):
             text += held.decode(errors="replace") + token
             held = b""
         return text + held.decode(errors="replace")
+
+    @property
+    def characters(self) -> tuple[str, ...]:
+        """What each fed token that holds part of a character makes with its neighbours; empty for any other."""
+        parts = (self.bytes_of_tokens.get(token_id) for token_id in self.token_ids.tolist())
+        return whole_characters([None if part is None else bytes.fromhex(part) for part in parts])
 
     def top(self, layer: int = -1, token: int = -1) -> list[tuple[str, float]]:
         """Most likely tokens with their probabilities at one cell; `top_ids` tells tokens of one text apart.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class TrajectoryCollector:
             n_blocks=self._n_blocks,
             model=self._model,
             lens=lens.lens,
-            circumstances=self.circumstances(row),
+            circumstances=replace(self.circumstances(row), targets=tuple(map(self._text_of, lens.target_ids or ()))),
             timings=dict(timings or {}),
             **arrays,
         )

@@ -31,6 +31,8 @@ class AnsweredPrompt:
     """how many tokens hold the prompt alone, the same in all"""
     labels: Ids
     """position of each answer's label: the token that holds the first character in which the answers differ"""
+    texts: tuple[str, ...]
+    """each answer as it continues the prompt"""
     turns: tuple[Turn, ...] = ()
     """the messages of a prompt that is a conversation"""
 
@@ -57,8 +59,8 @@ def encode_answers(
     """Tokenize a prompt with each of its answers.
 
     Text is tokenized as a whole, prompt and answer together, as the model would meet it, up to the answer's own last
-    token; an answer goes on with a space as `nblens.model.continuation` has it. Where the answer begins and where its
-    label stands is read from the tokens' offsets in the text.
+    token; see `nblens.model.continuation` for the space between them. Where the answer begins and where its label
+    stands is read from the tokens' offsets in the text.
 
     Parameters
     ----------
@@ -81,7 +83,7 @@ def encode_answers(
     for answer in answers:
         check_characters("an answer", answer)
     opening = opening_of(tokenizer, prompt, chat)
-    answers = [continued(answer, opening.going_on) for answer in answers]
+    answers = tuple(continued(answer, opening.text) for answer in answers)
     differ = n_shared(answers)
     if short := [answer for answer in answers if len(answer) <= differ]:
         raise UserError(
@@ -102,7 +104,7 @@ def encode_answers(
             raise UserError(f"no token of its own tells answer {shown(answer)} from the others ({len(one)} tokens)")
         labels.append(label)
     begin = min(shared, *(begin for begin in begins if begin is not None))
-    return AnsweredPrompt(ids, begin, tuple(labels), turns_among(encoded[0], opening.spans))
+    return AnsweredPrompt(ids, begin, tuple(labels), answers, turns_among(encoded[0], opening.spans))
 
 
 def opening_of(tokenizer: PreTrainedTokenizerBase, prompt: str | Conversation, chat: Chat) -> Templated:

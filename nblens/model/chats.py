@@ -49,12 +49,6 @@ class Templated:
     spans: tuple[tuple[str, int, int], ...] = ()
     """role of each message, and from which character up to which its content stands"""
 
-    @property
-    def going_on(self) -> str:
-        """The text that what comes next goes on with: all of it, or none where a turn has yet to begin."""
-        begun = not self.spans or self.spans[-1][2] == len(self.text)
-        return self.text if begun else ""
-
 
 def turns_among(tokenized: TokenizedText, spans: Sequence[tuple[str, int, int]]) -> tuple[Turn, ...]:
     """The tokens that hold any of a message's characters; none of a tokenizer that knows no offsets."""

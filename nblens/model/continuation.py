@@ -6,36 +6,50 @@ import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nblens.model.tokens import decoded, special_ids
+from nblens.model.tokens import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["continued", "end_of"]
 
-_OPENING = "([{<«‹“‘„‚\"'`-–—/\\_@#$*~=|¿¡"  # behind which a word follows directly
-_BEGINNING = "([{«‹“‘„¿¡$€£"  # before which a word's space stands
-_TAIL = 8  # tokens that settle how a text ends
+_EMPHASIS = "\"'*`"  # around words: what they stand behind decides
+_ENDS_CLAUSE = ".,;:!?…%"
+_WITHOUT_SPACES = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "FULLWIDTH", "THAI", "LAO", "KHMER", "MYANMAR")
+_TAIL = 32  # tokens that settle how the next one is spelt
 
 
-def continued(text: str, end: str) -> str:
-    """A text as it goes on behind another one that ends so.
+def continued(text: str, before: str) -> str:
+    """A text as it goes on behind another: a word gets a space where the other ends in a word or closes one.
 
-    It gets a space where it begins with a word and the other ends neither in white space nor in what a word follows
-    directly, such as a bracket or a quote. Scripts that write no spaces get none.
+    >>> continued("Paris", "The capital of France is"), continued("Paris", "France ->"), continued("A", "Answer:")
+    (' Paris', ' Paris', ' A')
 
-    >>> continued("Paris", "The capital of France is"), continued("A", "Answer: ("), continued(".", "Paris")
-    (' Paris', 'A', '.')
+    All else stays what it is: what begins with a space or a sign, and words behind white space, an opening bracket or
+    quote, a sign within a word, or a script that is written without spaces.
+
+    >>> continued("A", "Answer: ("), continued("4", "2+2="), continued(".", "Paris"), continued("yes", "assistant\\n")
+    ('A', '4', '.', 'yes')
     """
-    if not text or not end or end[-1].isspace() or end[-1] in _OPENING:
+    if not text[:1].isalnum() or _is_unspaced(text[0]) or not before or before[-1].isspace():
         return text
-    wide = unicodedata.east_asian_width(text[0]) in "WF"
-    begins_word = (text[0].isalnum() and not wide) or text[0] in _BEGINNING
-    return f" {text}" if begins_word else text
+    *others, last = before.rsplit(maxsplit=1)
+    stem = last.rstrip(_EMPHASIS)
+    amid_spaces = bool(others) and all(unicodedata.category(sign) in ("Sm", "Pd") for sign in last)
+    return f" {text}" if amid_spaces or (stem and _closes(stem[-1])) else text
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text with which tokens end; empty where that is a special token, behind which a turn or a text begins."""
-    if not ids or ids[-1] in special_ids(tokenizer):
-        return ""
-    return decoded(tokenizer, ids[-_TAIL:])
+    """The text with which tokens end, special tokens as they are written."""
+    return decode(tokenizer, ids[-_TAIL:])
+
+
+def _closes(character: str) -> bool:
+    """Whether a word, or what ends with one, ends in it."""
+    kind = unicodedata.category(character)
+    ends = kind[0] in "LMN" or kind in ("Pe", "Pf") or character in _ENDS_CLAUSE
+    return ends and not _is_unspaced(character)
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(_WITHOUT_SPACES)

@@ -20,6 +20,7 @@ __all__ = [
     "bytes_shown",
     "check_characters",
     "check_ids",
+    "decode",
     "decoded",
     "encode",
     "n_shared",
@@ -238,10 +239,10 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Seque
         return ""
     # many tokenizers drop the space at the beginning of a text, and bytes of one character may be in both
     tail: Sequence[int] = after[-_TAIL:]
-    before = _decode(tokenizer, tail, skip_special_tokens=True)
+    before = decode(tokenizer, tail, skip_special_tokens=True)
     if not before.strip() and len(after) > _TAIL:
-        tail, before = after, _decode(tokenizer, after, skip_special_tokens=True)
-    whole = _decode(tokenizer, [*tail, *ids], skip_special_tokens=True)
+        tail, before = after, decode(tokenizer, after, skip_special_tokens=True)
+    whole = decode(tokenizer, [*tail, *ids], skip_special_tokens=True)
     return whole[n_shared([before, whole]) :]
 
 
@@ -251,7 +252,8 @@ def n_shared(sequences: Sequence[Sequence[object]]) -> int:
     return next(unlike, min(map(len, sequences)))
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """Text of tokens by themselves: many tokenizers drop the space at its beginning."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
 
 
@@ -298,7 +300,7 @@ class TokenTexts:
 
     def _find_anchor(self) -> tuple[list[int], str]:
         ids = list(tokenize(self._tokenizer, "a", special=False).ids)
-        return ids, _decode(self._tokenizer, ids)
+        return ids, decode(self._tokenizer, ids)
 
     def _text(self, token_id: int) -> str:
         text = self._behind_anchor(token_id)
@@ -310,8 +312,8 @@ class TokenTexts:
 
     def _behind_anchor(self, token_id: int) -> str:
         ids, prefix = self._anchor
-        whole = _decode(self._tokenizer, [*ids, token_id])
-        return whole.removeprefix(prefix) if whole.startswith(prefix) else _decode(self._tokenizer, [token_id])
+        whole = decode(self._tokenizer, [*ids, token_id])
+        return whole.removeprefix(prefix) if whole.startswith(prefix) else decode(self._tokenizer, [token_id])
 
 
 def bytes_shown(part: bytes) -> str:

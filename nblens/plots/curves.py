@@ -42,8 +42,9 @@ def token_curves(
     ----------
     trajectory : Trajectory
     tokens : sequence of str or int, optional
-        Texts, each that of one token as it is, with its space; or ids. None: the targets that the lens followed, else
-        the last block's top tokens. A token that was not a target is drawn only where it is among the top k.
+        Texts, each that of one token as it is, with its space, which a target may lack; or ids. None: the targets that
+        the lens followed, else the last block's top tokens. A token that was not a target is drawn only where it is
+        among the top k.
     position : int
         Token position; negative counts from the last.
     metric : {"prob", "rank"}
@@ -153,7 +154,7 @@ def _token_id(panel: GridPanel, token: str | int) -> int:
     if not isinstance(token, str):
         found = [int(token)] if isinstance(token, Integral) and int(token) in panel.vocabulary else []
     else:
-        found = [token_id for token_id, text in panel.vocabulary.items() if text == token]
+        found = _named(panel, token)
     if len(found) == 1:
         return found[0]
     if found:
@@ -161,6 +162,15 @@ def _token_id(panel: GridPanel, token: str | int) -> int:
     alike = isinstance(token, str) and next((text for text in panel.vocabulary.values() if text.strip() == token), None)
     hint = f"{alike!r} does, which is another" if alike else "ask the lens for it with targets="
     raise UserError(f"token {token!r} does not occur in this trajectory; {hint}")
+
+
+def _named(panel: GridPanel, token: str) -> list[int]:
+    """Ids of a text: as it stands, but for a target, which may be called as the lens was asked for it."""
+    targets = {token_id: panel.token_text(token_id) for token_id in panel.target_ids.tolist()}
+    for texts, named in ((targets, token), (targets, f" {token}"), (panel.vocabulary, token)):
+        if found := [int(token_id) for token_id, text in texts.items() if text == named]:
+            return found
+    return []
 
 
 def _short(token: str) -> str:

@@ -30,9 +30,9 @@ class Sample:
     >>> Sample("Do you like rain? Answer: (", "A", "B").positive
     'A'
 
-    What the model reads is the prompt followed by an answer, with a space between them where words have one and the
-    prompt ends in none: "A" is " A" after "Answer:", and "A" after "Answer: (". A prompt may be a conversation, as a
-    sequence of messages; the answer is then the beginning of the model's turn.
+    What the model reads is the prompt followed by an answer as it would continue it, with its leading space where the
+    prompt does not end in one: "A" is " A" after "Answer:", and "A" after "Answer: (". A prompt may be a conversation,
+    as a sequence of messages; the answer is then the beginning of the model's turn, behind what the template has there.
     """
 
     prompt: str | Conversation

@@ -137,8 +137,12 @@ def _axes_and_body(panel: GridPanel, metric: Metric, widths: list[int], columns:
     split = panel.prompt_length if columns.start < panel.prompt_length < panel.n_tokens else -1
     # the gap before the first generated token is a border, which takes its room from the cell
     wide = "".join(f'<col class="w{widths[column] + (column == split)}">' for column in columns)
-    follows = [(panel.token_text(i) if i >= 0 else "", i) for i in panel.next_ids.tolist()]
-    fed = list(zip(panel.tokens, panel.token_ids.tolist(), strict=True))
+    characters = [panel.character_at(column) for column in range(panel.n_tokens + 1)]
+    next_ids = panel.next_ids.tolist()
+    follows = list(
+        zip([panel.token_text(i) if i >= 0 else "" for i in next_ids], next_ids, characters[1:], strict=True)
+    )
+    fed = list(zip(panel.tokens, panel.token_ids.tolist(), characters[:-1], strict=True))
     return (
         f'<colgroup><col class="w0">{wide}</colgroup>\n'
         f"<thead>{_part_labels(columns, split)}{_token_row('next', follows, columns, split)}"
@@ -233,12 +237,13 @@ def _part_labels(columns: range, split: int) -> str:
     )
 
 
-def _token_row(label: str, tokens: list[tuple[str, int]], columns: range, split: int) -> str:
+def _token_row(label: str, tokens: list[tuple[str, int, str]], columns: range, split: int) -> str:
     cells = []
     for column in columns:
-        text, token_id = tokens[column]
+        text, token_id, character = tokens[column]
+        part = f" of {_tooltip_text(character)}" if character else ""
         kind = ' class="g"' if column == split else ""
-        title = f' title="{_tooltip_text(text)} (id {token_id}), token {column}"' if token_id >= 0 else ""
+        title = f' title="{_tooltip_text(text)}{part} (id {token_id}), token {column}"' if token_id >= 0 else ""
         cells.append(f"<th{kind}{title}>{_cell_text(text) if token_id >= 0 else ''}")
     return f"<tr><th>{label}{''.join(cells)}\n"
 

@@ -147,6 +147,8 @@ class GridPanel(TokenGrid):
     """text of every token id that occurs here"""
     text: str = ""
     """what the run went on to write, where that is shown beside its grid"""
+    characters: tuple[str, ...] = ()
+    """what each token that holds part of a character makes with its neighbours, empty for any other; or of none"""
     sides: tuple[GridPanel, ...] = ()
     """of a difference: the two panels between which it is, over at least its own tokens; else none"""
     circumstances: tuple[str, ...] = ()
@@ -158,6 +160,10 @@ class GridPanel(TokenGrid):
     def caption(self) -> tuple[str, ...]:
         """What was read, of which model, and how: what stands at every picture."""
         return tuple(fact for fact in (self.reading, self.model, *self.circumstances) if fact)
+
+    def character_at(self, column: int) -> str:
+        """The character of which a column's token holds a part; empty where it holds none."""
+        return self.characters[column] if column < len(self.characters) else ""
 
     def metric(self, name: str | None = None) -> Metric:
         """The metric of that name, or the first.

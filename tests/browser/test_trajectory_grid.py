@@ -180,6 +180,43 @@ def test_a_search_outlines_counts_and_steps(show, page):
     assert page.locator(".nbg-count").is_hidden()
 
 
+WRITTEN = ("a", "⟨E9⟩", "⟨82⟩", "⟨A3⟩", "b")  # 那 in the midst
+
+
+def in_bytes(n_tokens):
+    """A character of three tokens, of which the block before the last foretells the third."""
+    ids = np.arange(5, dtype=np.int32)
+    top = np.full((3, 5, 2), 4, np.int32)
+    top[1, 2, 0] = 3
+    vocabulary = dict(enumerate(WRITTEN))
+    whole = made_up(3, 5, k=2, vocabulary=vocabulary, tokens=WRITTEN, token_ids=ids, top_ids=top)
+    whole = replace(whole, next_ids=np.append(ids[1:], -1), bytes_of_tokens={1: "e9", 2: "82", 3: "a3"})
+    return whole.truncated(n_tokens)
+
+
+def test_a_character_of_several_tokens_is_named_and_found_as_it_grows(show, page):
+    grid = TrajectoryGrid(in_bytes(2))
+    shown = show(grid)
+    cell = page.get_by_role("gridcell")
+    cell.focus()
+    page.keyboard.press("ArrowRight")
+    assert "token 1 ⟨E9⟩;" in cell.get_attribute("aria-label")
+    grid.update(in_bytes(5))
+    shown.flush()
+    page.keyboard.press("ArrowLeft")
+    assert "followed by ⟨E9⟩ of 那, rank" in cell.get_attribute("aria-label")
+    page.keyboard.press("ArrowRight")
+    assert "token 1 ⟨E9⟩ of 那;" in cell.get_attribute("aria-label")
+    assert "; followed by ⟨82⟩ of 那, rank" in cell.get_attribute("aria-label")
+    assert page.locator(".nbg-title").first.text_content().startswith("⟨E9⟩ of 那 token 1")
+    page.get_by_label("search a token (/)").fill("那")
+    found = page.evaluate("el.nblensGrid.found.map(({row, column}) => [row, column])")
+    assert found == [[2, 1], [2, 2], [1, 2], [2, 3]]
+    page.keyboard.press("Escape")
+    page.get_by_label("search a token (/)").fill("⟨a3⟩")
+    assert page.evaluate("el.nblensGrid.found.length") == 1
+
+
 def test_everything_can_be_done_with_keys(show, page):
     trajectory = made_up(6, 10)
     grid = TrajectoryGrid(trajectory)

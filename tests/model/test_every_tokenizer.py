@@ -14,11 +14,13 @@ from nblens.errors import UserError
 from nblens.model import tokens
 from nblens.model.answers import encode_answers
 from nblens.model.chats import templated as in_template
+from nblens.model.continuation import continued, end_of
 from nblens.model.prompts import encode_prompt
 from nblens.model.targets import single_token
 from nblens.model.tokens import TokenTexts, decoded, encode, special_ids, tokenize
 
 TEXT = "the cat sat on the mat."
+BEFORE = "the cat is"  # what a target continues
 KINDS = [byte_level, byte_fallback, metaspace, unigram, word_piece]
 
 
@@ -129,27 +131,28 @@ def test_a_chat_template_that_fails_is_one_line(template, message):
     assert "\n" not in str(caught.value)
 
 
-OFFERED = re.compile(r"tokens \((.*)\), a target is one")
+REFUSED = re.compile(r"tokens \((.*)\), a target is one; give the id of one of them: (.*)")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["(A", "the cat", "playing", "é", "\nthe", "Paris is", "😀", "aé", "▁the", "Ã©"])
-def test_what_a_message_offers_as_a_piece_is_accepted(kind, text):
+def test_a_message_names_the_pieces_with_their_ids(kind, text):
     tokenizer = kind()
     if (message := refusal(tokenizer, text)) is None:
         return
-    if (match := OFFERED.search(message)) is None:
+    if (match := REFUSED.search(message)) is None:
         assert re.search("is not in this model's vocabulary|tokenizer drops it", message)
         return
-    offered = [item for item in match[1].split(" + ") if item != "…"]
-    given = [int(item.split(" for ")[0]) if " for " in item else eval(item) for item in offered]
-    ids = bare(tokenizer, text)[: len(given)]
-    assert tuple(single_token(tokenizer, item, len(tokenizer)) for item in given) == ids
+    pieces, ids = match[1].removesuffix(" + …").split(" + "), match[2].removesuffix(", …").split(", ")
+    follows = f" {text}" if text[0].isalnum() else text
+    expected = bare(tokenizer, BEFORE + follows)[len(bare(tokenizer, BEFORE)) :][: len(ids)]
+    assert tuple(single_token(tokenizer, int(item), len(tokenizer), BEFORE) for item in ids) == expected
+    assert tuple(map(eval, pieces)) == TokenTexts(tokenizer).all(expected)
 
 
 def refusal(tokenizer, text):
     try:
-        single_token(tokenizer, text, len(tokenizer))
+        single_token(tokenizer, text, len(tokenizer), BEFORE)
     except UserError as error:
         return str(error)
 
@@ -161,21 +164,18 @@ def refusal(tokenizer, text):
         (metaspace, "\n", "<0x0A>"),
         (byte_fallback, "<0xC3>", "<0xC3>"),
         (byte_fallback, "(", "("),
-        (byte_fallback, "A", "A"),
         (byte_fallback, "▁Paris", "▁Paris"),
-        (byte_fallback, "Paris", "▁Paris"),
         (unigram, "(", "("),
         (unigram, "▁", "▁"),
         (unigram, "<unk>", "<unk>"),
         (word_piece, "##ing", "##ing"),
-        (word_piece, "Paris", "paris"),
         (byte_level, "Ġthe", "Ġthe"),
         (byte_level, "\n", "Ċ"),
     ],
 )
 def test_a_target_is_found_in_a_vocabulary_of_any_kind(kind, text, piece):
     tokenizer = kind()
-    assert tokenizer.convert_ids_to_tokens(single_token(tokenizer, text, len(tokenizer))) == piece
+    assert tokenizer.convert_ids_to_tokens(single_token(tokenizer, text, len(tokenizer), BEFORE)) == piece
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,100 @@ def test_a_target_is_found_in_a_vocabulary_of_any_kind(kind, text, piece):
     [
         (word_piece, "😀", "target '😀' is not in this model's vocabulary"),
         (unigram, "\n", r"target '\\n' is no token: this model's tokenizer drops it"),
-        (byte_level, "é", "target 'é' is 2 tokens .'⟨C3⟩' . '⟨A9⟩'."),  # and not the byte that `é` names
+        (byte_level, "é", "target ' é' is 3 tokens .' ' . '⟨C3⟩' . '⟨A9⟩'."),  # and not the byte that `é` names
+        (byte_fallback, "A", r"target ' A' is 2 tokens .' ' \+ 'A'."),  # and not the letter without its space
         (byte_level, 1.5, "a target is text or a token id, got 1.5"),
     ],
 )
 def test_a_target_that_is_none_is_no_unknown_word_and_no_byte(kind, text, message):
     with pytest.raises(UserError, match=message):
-        single_token(kind(), text, 500)
+        single_token(kind(), text, 500, BEFORE)
+
+
+CONTINUED = [
+    ("the cat is", "Paris", " Paris"),
+    ("the cat is.", "Paris", " Paris"),
+    ("the (cat)", "sat", " sat"),
+    ("the cat:", "Paris", " Paris"),
+    ("the cat is", " Paris", " Paris"),
+    ("the cat (", "mat", "mat"),
+    ("the cat\n", "mat", "mat"),
+    ("the cat?", "(", "("),
+    ("the cat", ".", "."),
+]
+"""prompt, what is given, and how it goes on"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("prompt", "given", "follows"), CONTINUED)
+def test_targets_and_answers_are_what_the_prompt_goes_on_with(kind, prompt, given, follows):
+    """Against the tokens of the whole text."""
+    tokenizer = kind("none")
+    if kind is unigram and "\n" in prompt:
+        follows = " mat"  # the tokenizer takes it for a space, which joins the word
+    before, whole = bare(tokenizer, prompt), bare(tokenizer, prompt + follows)
+    assert whole[:-1] == before
+    assert single_token(tokenizer, given, len(tokenizer), end_of(tokenizer, before)) == whole[-1]
+    found = answered(tokenizer, prompt, [given, "yes?" if given[0].isalnum() else " yes"])
+    assert found.ids[0] == bare(tokenizer, prompt + found.texts[0])
+    assert found.texts[0] == (given if kind is unigram and "\n" in prompt else follows)
+
+
+def test_behind_a_space_a_target_is_the_token_without_one():
+    for kind in (byte_level, byte_fallback, metaspace):
+        tokenizer = kind("none")
+        end = end_of(tokenizer, bare(tokenizer, "the cat "))
+        assert end == "the cat "
+        assert tokenizer.convert_ids_to_tokens(single_token(tokenizer, "mat", 500, end)) == "mat"
+    assert single_token(word_piece(), "mat", 500, "the cat ") == bare(word_piece(), "mat")[0]
+
+
+def test_what_ends_a_prompt_is_read_with_its_special_tokens():
+    tokenizer = byte_level()
+    assert end_of(tokenizer, [*bare(tokenizer, "the"), tokenizer.eos_token_id]) == "the</s>"
+    assert continued("mat", "the</s>") == "mat"
+    for kind in (byte_fallback, metaspace):  # one puts a space behind a special token, the other does not
+        whole = bare(kind(), "the</s>mat")
+        assert single_token(kind(), "mat", 500, "the</s>") == whole[-1]
+    assert kind().convert_ids_to_tokens(whole[-1]) != byte_fallback().convert_ids_to_tokens(
+        bare(byte_fallback(), "the</s>mat")[-1]
+    )
+    assert end_of(tokenizer, bare(tokenizer, TEXT * 50)).endswith(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("before", "text", "follows"),
+    [
+        ("it is", "4", " 4"),
+        ("it costs 4%", "more", " more"),
+        ("2+2=", "4", "4"),
+        ("2 + 2 =", "4", " 4"),
+        ("France ->", "Paris", " Paris"),
+        ("(x->", "y", "y"),
+        ("=", "4", "4"),
+        ("it costs $", "4", "4"),
+        ("well-", "known", "known"),
+        ('He said "', "Yes", "Yes"),
+        ('He said "yes"', "and", " and"),
+        ("**Answer:**", "Paris", " Paris"),
+        ("the **", "most", "most"),
+        ("[INST] a [/INST]", "Paris", " Paris"),
+        ("<|assistant|>", "Paris", "Paris"),
+        ("<|im_start|>assistant\n", "Paris", "Paris"),
+        ("it is\t", "Paris", "Paris"),
+        ("", "Paris", "Paris"),
+        ("it is", "“yes”", "“yes”"),
+        ("यह", "है", " है"),
+        ("이것은", "고양이", " 고양이"),
+        ("法国的首都是", "巴黎", "巴黎"),
+        ("The capital is", "巴黎", "巴黎"),
+        ("法国的首都是", "Paris", "Paris"),
+        ("首都是：", "Paris", "Paris"),
+        ("นี่คือ", "แมว", "แมว"),
+    ],
+)
+def test_a_word_gets_a_space_behind_a_word_or_what_closes_one(before, text, follows):
+    assert continued(text, before) == follows
 
 
 @pytest.mark.parametrize("kind", [byte_level, byte_fallback, metaspace])
@@ -205,7 +292,7 @@ def test_answers_are_told_apart_by_any_pieces(kind, prompt, answers, labels):
     tokenizer = kind("both")
     found = answered(tokenizer, prompt, answers)
     for ids, answer in zip(found.ids, answers, strict=True):
-        assert ids == (tokenizer.bos_token_id, *bare(tokenizer, prompt + answer))
+        assert ids == (tokenizer.bos_token_id, *bare(tokenizer, prompt + continued(answer, prompt)))
     at = [ids[label] for ids, label in zip(found.ids, found.labels, strict=True)]
     assert len(set(at)) == 2
     assert found.ids[0][: found.labels[0]] == found.ids[1][: found.labels[1]]
@@ -330,7 +417,7 @@ def test_a_tokenizers_token_beyond_the_models_vocabulary_is_named():
     size = tokenizer.convert_tokens_to_ids("▁Paris")
     message = rf"'▁Paris', which has id {size} in the tokenizer and is outside the model's vocabulary of {size}"
     with pytest.raises(UserError, match=f"a target is {message}"):
-        single_token(tokenizer, "Paris", size)
+        single_token(tokenizer, "Paris", size, BEFORE)
     with pytest.raises(UserError, match=f"the text holds {message}"):
         encode(tokenizer, "a Paris", vocab_size=size, room=None)
     with pytest.raises(UserError, match=f"the text holds {message}"):

@@ -111,7 +111,7 @@ def test_a_byte_is_found_by_what_is_shown_of_it():
         texts = TokenTexts(tokenizer)
         for token_id in range(len(tokenizer)):
             if texts.bytes_of(token_id) is not None:
-                assert single_token(tokenizer, texts(token_id), len(tokenizer)) == token_id
+                assert single_token(tokenizer, texts(token_id), len(tokenizer), "the") == token_id
 
 
 def test_a_byte_of_sentence_piece_shows_as_a_byte():
@@ -196,16 +196,19 @@ def test_a_chat_prompt_goes_through_the_template_as_the_users_turn():
 def test_a_target_is_an_id_or_one_token_with_or_without_its_space():
     tokenizer = byte_tokenizer()
     the, he = (tokenizer.convert_tokens_to_ids(piece) for piece in ("Ġthe", "he"))
-    assert single_token(tokenizer, "he", 260) == he
-    assert single_token(tokenizer, " the", 260) == the
-    assert single_token(tokenizer, "the", 260) == the
-    assert single_token(tokenizer, 7, 260) == 7
+    assert single_token(tokenizer, "he", 260, "(") == he
+    assert single_token(tokenizer, " the", 260, "(") == the
+    assert single_token(tokenizer, "the", 260, "is") == the
+    assert single_token(tokenizer, 7, 260, "is") == 7
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("xyz", r"target 'xyz' is 3 tokens \('x' \+ 'y' \+ 'z'\), a target is one"),
+        (
+            "xyz",
+            r"target ' xyz' is 4 tokens \(' ' \+ 'x' \+ 'y' \+ 'z'\), a target is one; give the id of one of them",
+        ),
         (260, "target id 260 is outside the vocabulary of 260"),
         (-1, "target id -1 is outside the vocabulary of 260"),
         ("", "a target is empty"),
@@ -213,11 +216,11 @@ def test_a_target_is_an_id_or_one_token_with_or_without_its_space():
 )
 def test_a_target_that_is_no_token_is_refused_with_its_pieces(target, message):
     with pytest.raises(UserError, match=message):
-        single_token(byte_tokenizer(), target, 260)
+        single_token(byte_tokenizer(), target, 260, "is")
 
 
 def test_a_sentence_piece_target_is_found_behind_its_space():
     tokenizer = sentence_piece_tokenizer()
     expected = tokenizer.convert_tokens_to_ids("▁Paris")
-    assert single_token(tokenizer, "Paris", len(tokenizer)) == expected
-    assert single_token(tokenizer, " Paris", len(tokenizer)) == expected
+    assert single_token(tokenizer, "Paris", len(tokenizer), "a") == expected
+    assert single_token(tokenizer, " Paris", len(tokenizer), "a") == expected

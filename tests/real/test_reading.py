@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from nblens import UserError
+
 TOLERANCE = 1e-4
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -74,11 +76,29 @@ def test_a_chat_is_fed_as_the_template_writes_it(real, model):
     assert_reads(trajectory, model, list(ids), list(range(len(ids))))
 
 
-def test_the_answer_appears_at_the_last_blocks(real):
-    trajectory = real.lens("The capital of France is", targets=[" Paris"])
+def test_the_answer_appears_at_the_last_blocks(real, model):
+    prompt = "The capital of France is"
+    trajectory = real.lens(prompt, targets=["Paris"])
+    (paris,) = real.tokenizer(" Paris")["input_ids"]
+    assert trajectory.target_ids.tolist() == [paris]
     (curve,) = np.exp(trajectory.target_logprobs[:, -1].T)
     assert curve[-1] == pytest.approx(0.77, abs=0.01)
+    with torch.no_grad():
+        plain = model(**real.tokenizer(prompt, return_tensors="pt")).logits[0, -1].softmax(-1)
+    assert curve[-1] == pytest.approx(float(plain[paris]), abs=TOLERANCE)
     assert curve[:20].max() < 0.05
+    assert "following ·Paris" in repr(trajectory)
+
+
+def test_in_a_chat_the_answer_begins_behind_the_templates_new_line(real, model):
+    (bare,) = real.tokenizer("Paris")["input_ids"]
+    ids = list(real.tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"])
+    assert real.lens(CHAT, layers=-1, targets=["Paris"]).target_ids.tolist() == [bare]
+    assert real.lens(ids, layers=-1, targets=["Paris"]).target_ids.tolist() == [bare]
+    with pytest.raises(
+        UserError, match=r"target 'Paris' is ' Paris' \(id \d+\) after prompt 1 and 'Paris' .* prompt 2"
+    ):
+        real.lens(["The capital of France is", ids], layers=-1, targets=["Paris"])
 
 
 def test_greedy_text_is_that_of_transformers(real, model):
@@ -99,3 +119,5 @@ def test_characters_of_several_tokens_are_never_another_letter(real):
     assert trajectory.tokens == ("⟨E9⟩", "⟨82⟩", "⟨A3⟩")
     assert real.lens("那", targets=["⟨A3⟩"]).target_ids.tolist() == [int(trajectory.token_ids[-1])]
     assert trajectory.text == "那"
+    assert trajectory.characters == ("那",) * 3
+    assert 'title="⟨82⟩ of 那' in trajectory.to_html()

@@ -30,7 +30,8 @@ def mood(real):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_great_rises_against_terrible_with_the_strength(real, mood, prompt):
-    sweep = real.sweep(prompt, "mood", STRENGTHS, 1, answers=(" great", " terrible"))
+    sweep = real.sweep(prompt, "mood", STRENGTHS, 1, answers=("great", "terrible"))
+    assert sweep.answers == (" great", " terrible")
     assert (np.diff(sweep.propensities) > 0).all(), sweep.propensities
 
 

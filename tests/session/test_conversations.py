@@ -107,7 +107,8 @@ def test_generation_attribution_capture_comparison_and_sweep_take_conversations(
     assert session.attribute(ASKED, [5]).logits.shape == (len(ids), 1)
     assert session.compare(ASKED, steer={"v": 1.0}).base.token_ids.tolist() == ids
     swept = session.sweep(ASKED, "v", [0, 1], 3, answers=("a", "the"))
-    first, second = (ids_of(tokenizer, answer) for answer in ("a", "the"))
+    first, second = (ids_of(tokenizer, answer) for answer in (" a", " the"))
+    assert swept.answers == (" a", " the")
     assert len(first) == len(second) == 1
     expected = plain(session, ids, len(ids), PlainWrite(1, V, 1.0)).log_probs[-1]
     assert swept.propensities[1] == pytest.approx(float(expected[first[0]] - expected[second[0]]), abs=1e-4)
@@ -200,7 +201,7 @@ def test_samples_may_ask_in_a_conversation_and_are_written_by_role(session, toke
         held = positions_of(tokenizer, text, *(["the cat sat", LAST] if len(sample.prompt) == 4 else ["the cat sat"]))
         strengths = [1.0 if place in held else 0.0 for place in range(len(ids))]
         expected = plain(session, ids, len(ids), PlainWrite(1, V, strengths)).log_probs[-1]
-        one, other = (ids_of(tokenizer, answer)[0] for answer in (sample.positive, sample.negative))
+        one, other = (ids_of(tokenizer, f" {answer}")[0] for answer in (sample.positive, sample.negative))
         assert values[1] == pytest.approx(float(expected[one] - expected[other]), abs=1e-4)
     path = tmp_path / "asked.jsonl"
     path.write_text('{"prompt": [{"role": "user", "content": "the cat"}], "positive": "a", "negative": "the"}\n')

@@ -99,7 +99,7 @@ def test_the_lens_follows_targets_given_as_text_or_id(session):
     expected = plain(session, PROMPT, len(PROMPT)).log_probs[:, [cat[0], 17]]
     assert (torch.from_numpy(traj.target_logprobs[-1]) - expected).abs().max() <= 1e-4
     dog = tiny_tokenizer()(" dog", add_special_tokens=False)["input_ids"]
-    assert session.lens(PROMPT, targets="dog").target_ids.tolist() == dog  # as it stands inside a sentence
+    assert session.lens(TEXT, targets="dog").target_ids.tolist() == dog  # as it continues the text
     assert session.lens(PROMPT, targets=17).target_ids.tolist() == [17]
 
 

@@ -114,6 +114,23 @@ def test_tokens_that_make_a_character_together_are_one_in_a_trajectorys_text(att
     assert session.lens("the Ã", layers=-1).text == "the Ã"
 
 
+@pytest.mark.parametrize("kind", [byte_level, byte_fallback])
+def test_a_token_that_holds_part_of_a_character_says_of_which(attach, tmp_path, kind):
+    tokenizer = kind("none")
+    session = attach(endless_model("llama", vocab_size=len(tokenizer)), tokenizer)
+    traj = session.lens("the 那é. 😀", layers=-1, top_k=1)
+    parts = [(token, whole) for token, whole in zip(traj.tokens, traj.characters, strict=True) if whole]
+    assert parts == [(f"⟨{byte:02X}⟩", whole) for whole in "那é😀" for byte in whole.encode()]
+    place = traj.characters.index("那")
+    assert set(traj.truncated(place + 2).characters) == {""}  # the rest of it is not there
+    assert nblens.Trajectory.load(traj.save(tmp_path / "t.safetensors")).characters == traj.characters
+    page = traj.to_html()
+    assert f'title="⟨82⟩ of 那 (id {traj.token_ids[place + 1]}), token {place + 1}"' in page  # the column's own token
+    assert f'title="⟨82⟩ of 那 (id {traj.token_ids[place + 1]}), token {place}"' in page  # and what follows
+    assert f'title="⟨E9⟩ of 那 (id {traj.token_ids[place]}), token {place - 1}"' in page
+    assert "⟨82⟩ of" not in session.lens(traj.token_ids[place + 1 : place + 2], layers=-1).to_html()
+
+
 def test_a_trajectory_of_a_file_from_before_bytes_still_loads(attach, tmp_path):
     import json
 

@@ -20,11 +20,11 @@ export function describeCell(panel, row, column) {
   const next = panel.next(column);
   const cell = column * panel.rows + row;
   const parts = [
-    `block ${panel.layers[row]}, token ${column} ${panel.sheet.tokens[column]}`,
+    `block ${panel.layers[row]}, token ${column} ${panel.sheet.named(column)}`,
     best.join(", "),
     `entropy ${shortNumber(panel.sheet.arrays.entropy[cell])} nats`,
   ];
-  if (next !== NONE) parts.splice(2, 0, `followed by ${panel.text(next)}, rank ${shortNumber(panel.rank(row, column))}`);
+  if (next !== NONE) parts.splice(2, 0, `followed by ${panel.sheet.named(column + 1, panel.text(next))}, rank ${shortNumber(panel.rank(row, column))}`);
   if (panel.marked(row, column)) parts.push(panel.base ? "differs from base" : "same as the last block");
   return parts.join("; ");
 }
@@ -51,7 +51,7 @@ function measures(panel, sheet, row, column) {
     const known = panel.probabilityOf(next, row, column, sheet);
     const rank = panel.rank(row, column, sheet);
     const facts = `${percent(known)} · rank ${Number.isNaN(rank) ? "–" : rank.toLocaleString("en")}`;
-    lines.unshift([`next ${fit(panel.text(next), COLUMNS - 8)}`, facts]);
+    lines.unshift([`next ${fit(sheet.named(column + 1, panel.text(next)), COLUMNS - 8)}`, facts]);
   }
   return element("dl", {}, ...lines.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
 }
@@ -68,7 +68,7 @@ function measures(panel, sheet, row, column) {
  */
 export function showCard(card, panel, metric, row, column, box, room) {
   const title = element("div", { class: "nbg-title" },
-    element("b", {}, fit(panel.sheet.tokens[column], COLUMNS)), ` token ${column} · block ${panel.layers[row]}`);
+    element("b", {}, fit(panel.sheet.named(column), COLUMNS)), ` token ${column} · block ${panel.layers[row]}`);
   if (panel.base) {
     const change = panel.value(metric, row, column);
     title.append(metric === "kl_from_base" ? ` · KL from base ${shortNumber(change)} nats`

@@ -10,7 +10,8 @@
 /** @typedef {DataView<ArrayBuffer> | ArrayBuffer} Bytes */
 /** @typedef {{name: string, views: string[], layers: number[], k: number, n_shared: number, reading: string,
  *   model: string}} Site */
-/** @typedef {{site: string, view: string, start: number, tokens: string[], target_ids: number[], prompt_length: number,
+/** @typedef {{site: string, view: string, start: number, tokens: string[], characters: Record<number, string>,
+ *   target_ids: number[], prompt_length: number,
  *   arrays: [name: ArrayName, type: keyof typeof TYPES, offset: number, length: number][]}} Part tokens from `start` on */
 /** @typedef {{sheets: Part[], sites: Site[], scales: Record<Metric, Scale>,
  *   vocabulary: {start: number, ids: number[], texts: string[]}}} Header */
@@ -46,6 +47,8 @@ export class Sheet {
     this.promptLength = 0;
     /** @type {string[]} */
     this.tokens = [];
+    /** @type {string[]} of each token that holds part of a character, with its neighbours; sparse */
+    this.characters = [];
     /** @type {number[]} */
     this.targetIds = [];
     /** @type {Record<ArrayName, Numbers>} */
@@ -64,6 +67,8 @@ export class Sheet {
     const end = part.start + part.tokens.length;
     this.tokens.length = Math.min(this.tokens.length, part.start);
     for (const token of part.tokens) this.tokens.push(token);
+    this.characters.length = Math.min(this.characters.length, part.start);
+    Object.assign(this.characters, part.characters);
     this.targetIds = part.target_ids;
     this.promptLength = part.prompt_length;
     const { layers, k } = this.site;
@@ -75,6 +80,14 @@ export class Sheet {
       this.arrays[name].set(new TYPES[type](buffer, offset, length), part.start * stride);
     }
     this.n = end;
+  }
+
+  /**
+   * What stands in a column, with the character of which it is a part.
+   * @param {number} column
+   */
+  named(column, text = this.tokens[column]) {
+    return this.characters[column] ? `${text} of ${this.characters[column]}` : text;
   }
 
   /**
@@ -310,7 +323,8 @@ export class Panel {
   }
 
   /**
-   * Cells whose top token contains the query, token by token, the last block first.
+   * Cells whose top token contains the query, token by token, the last block first. A character of several tokens is
+   * found where they stand, in the last block, and where they are foretold.
    * @param {string} query
    */
   search(query) {
@@ -318,8 +332,13 @@ export class Panel {
     const found = [];
     if (!query) return found;
     const wanted = this.data.searchable.map((text) => text.includes(query));
+    const parts = this.sheet.characters.map((character) => character.toLowerCase().includes(query));
     for (let column = 0; column < this.columns; column++)
-      for (let row = this.rows - 1; row >= 0; row--) if (wanted[this.top(row, column)]) found.push({ row, column });
+      for (let row = this.rows - 1; row >= 0; row--) {
+        const top = this.top(row, column);
+        const part = (parts[column] && row === this.rows - 1) || (parts[column + 1] && top === this.next(column));
+        if (wanted[top] || part) found.push({ row, column });
+      }
     return found;
   }
 }

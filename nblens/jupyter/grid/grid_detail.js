@@ -27,7 +27,7 @@ export class Detail {
     this.node.hidden = !selected;
     if (!selected) return;
     const { row, column } = selected;
-    this.stripHead.replaceChildren("after ", element("b", {}, panel.sheet.tokens[column]), ` token ${column}: top tokens by block`);
+    this.stripHead.replaceChildren("after ", element("b", {}, panel.sheet.named(column)), ` token ${column}: top tokens by block`);
     drawStrip(this.strip, panel, column, pins, row, this.scroll.clientWidth, theme);
     this.strip.setAttribute("aria-label", panel.layers.map((layer, i) => `block ${layer}: ${panel.text(panel.top(i, column))}`).join(", "));
     const room = this.scroll.clientHeight;

@@ -30,6 +30,7 @@ from nblens.views.panels import GridPanel, Metric
 __all__ = ["NONE", "Vocabulary", "decode_logprobs", "encode_columns", "encode_logprobs"]
 
 NONE = 2**32 - 1
+_EARLIER = 3  # tokens before a new one that may make a character with it: it has four bytes at most
 _UNKNOWN, _STEPS, _LOWEST = 65535, 65534, 60.0
 
 
@@ -85,6 +86,10 @@ class Vocabulary:
         """Every token id with that text."""
         return self._by_text.get(text, [])
 
+    def named(self, text: str) -> list[int]:
+        """Token ids of a text as it stands; where there are none, of the word with its space."""
+        return self.ids_of(text) or self.ids_of(f" {text}")
+
     def pin_of(self, token_id: int) -> str | int:
         """What names a token alone: its text, or its id where others have that text, or where it was not met."""
         place = self._places.get(token_id)
@@ -117,6 +122,11 @@ def encode_columns(
                 "start": start,
                 "tokens": [visible(text) for text in panel.tokens[start:]],
                 "target_ids": vocabulary.places(panel.target_ids, panel).tolist(),
+                "characters": {
+                    column: visible(character)
+                    for column in range(max(0, start - _EARLIER), panel.n_tokens)
+                    if (character := panel.character_at(column))
+                },
                 "prompt_length": panel.prompt_length,
                 "arrays": arrays,
             }

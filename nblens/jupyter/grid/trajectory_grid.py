@@ -311,7 +311,7 @@ class TrajectoryGrid(WithStandIn, anywidget.AnyWidget):
     def _ids_of(self, tokens: Iterable[Any]) -> list[int]:
         found = []
         for token in tokens:
-            ids = self._vocabulary.ids_of(token) if isinstance(token, str) else [token]
+            ids = self._vocabulary.named(token) if isinstance(token, str) else [token]
             if len(ids) > 1:
                 several = ", ".join(map(str, sorted(ids)))
                 raise _RefusedError(f"token {token!r:.80} is several in this grid, of ids {several}; pin an id")

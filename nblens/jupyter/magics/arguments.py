@@ -358,7 +358,12 @@ def _lens() -> MagicParser:
     parser.add_argument("--layers", metavar="SPEC", help="blocks to read, such as 0-4,10,-1 or ::4 (default: all)")
     parser.add_argument("--sites", type=_names, default="resid_post", metavar="SITE[,SITE]", help="where in a block")
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens kept per cell (default: 5)")
-    parser.add_argument("--targets", action="append", metavar="TOKEN", help="a token to follow; may be repeated")
+    parser.add_argument(
+        "--targets",
+        action="append",
+        metavar="TOKEN",
+        help="a token to follow, as it would continue the text; may be repeated",
+    )
     parser.add_argument(
         "--lens", default="logit", metavar="NAME", help="logit (default), a name in session.lenses, or a lens file"
     )

@@ -76,10 +76,11 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _answers(text: str) -> tuple[str, ...]:
-    answers = tuple(text.split(","))
+    answers = text.split(",")
     if len(answers) != 2 or not all(answers):
-        raise ArgumentTypeError(f'write two answers with a comma between them, such as " yes, no"; got {text!r}')
-    return answers
+        raise ArgumentTypeError(f"write two answers with a comma between them, such as yes,no; got {text!r}")
+    one, other = answers
+    return one, other if one[:1].isspace() else other.lstrip(" ")  # in "yes, no" the space is the comma's
 
 
 def _flag(parser: MagicParser, name: str, what: str) -> None:
@@ -150,13 +151,15 @@ def _steer() -> MagicParser:
         examples="  %steer cheerful=1.5 formal=-1\n  %steer refusal=1 --op ablate\n  %steer off\n"
         "  %steer save cheerful cheerful.safetensors\n"
         "  %steer extract refusal pairs.jsonl --method pca_center --read label --chat\n"
-        '  %steer sweep cheerful "The summer was" --coefficients -2,0,2 --answers " lovely, awful"\n'
+        '  %steer sweep cheerful "The summer was" --coefficients -2,0,2 --answers lovely,awful\n'
         "  %steer experiment corrigible corrigible-neutral-HHH.jsonl --chat",
     )
     _add_writing(parser, "the vector's own; experiment: the best of all")
     _add_extraction(parser)
     parser.add_argument("--coefficients", type=_numbers, metavar="λ,λ,…", help="to try (default: around 0)")
-    parser.add_argument("--answers", type=_answers, metavar="YES,NO", help="sweep: two answers to compare, with spaces")
+    parser.add_argument(
+        "--answers", type=_answers, metavar="YES,NO", help="sweep: two answers, as they would continue the prompt"
+    )
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="sweep: most tokens to add (default: 32)")
     parser.add_argument("--temperature", type=float, metavar="T", help="sweep: of sampling; 0 (default): greedy")
     parser.add_argument("--seed", type=int, metavar="N", help="of sampling, splits and controls")

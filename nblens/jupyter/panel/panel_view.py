@@ -13,7 +13,7 @@ from nblens.jupyter.panel.live_text import FINAL, LiveText
 from nblens.jupyter.panel.panel_state import MODES, OWN, PanelState, VectorRow, slider_range
 from nblens.layers import format_layers
 from nblens.steering.steer import STEER_OPS, WRITE_POSITIONS
-from nblens.text import changed_words
+from nblens.text import changed_words, visible
 
 if TYPE_CHECKING:
     from nblens.session import Session
@@ -77,7 +77,7 @@ def _strength_curve(measured: Any) -> tuple[str, Curve]:
         response = measured.dose_response
         return measured.name, _curve(response.coefficients, response.mean_curve, "propensity")
     if getattr(measured, "propensities", None) is not None:
-        positive, negative = (answer.strip() for answer in measured.answers)
+        positive, negative = map(visible, measured.answers)
         label = f"log P({positive}) − log P({negative})"
         return measured.name, _curve(measured.coefficients, measured.propensities, label)
     raise UserError(f"measured takes a SteerabilityReport or a Sweep with answers, got {type(measured).__name__}")

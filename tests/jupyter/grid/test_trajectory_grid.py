@@ -159,6 +159,8 @@ def test_selection_and_pins_are_what_a_user_means(make):
     grid.pinned = [" seven", 9]
     assert grid.pinned == [" seven", " nine"]
     assert grid._pinned_ids == [7, 9]
+    grid.pinned = ["seven", "nine"]  # where they do not occur without their spaces
+    assert grid._pinned_ids == [7, 9]
     grid._pinned_ids = [9]
     assert grid.pinned == [" nine"]
     with pytest.raises(UserError, match=r"selection \(3, 0\) is outside"):

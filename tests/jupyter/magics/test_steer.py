@@ -257,16 +257,21 @@ def samples(tmp_path):
     return path
 
 
-def test_a_sweep_shows_texts_and_propensities_side_by_side(run, session, vector):
-    cell = run(
-        '%steer sweep cheerful "one cat" --coefficients -1,0,2 --answers " sat, ran" --max-new-tokens 3 -o sweep'
-    )
+@pytest.mark.parametrize("answers", ['" sat, ran"', '"sat, ran"', "sat,ran"])
+def test_a_sweep_shows_texts_and_propensities_side_by_side(run, session, vector, answers):
+    cell = run(f'%steer sweep cheerful "one cat" --coefficients -1,0,2 --answers {answers} --max-new-tokens 3 -o sweep')
     sweep = session.sweep("one cat", "cheerful", (-1, 0, 2), 3, answers=(" sat", " ran"))
     assert [g.token_ids for g in cell.value] == [g.token_ids for g in sweep]
     assert np.array_equal(cell.value.propensities, sweep.propensities)
     lines = shown(cell).split("\n")
     assert len(lines) == 4
+    assert "·sat − ·ran" in lines[0]
     assert [float(line.split()[1]) for line in lines[1:]] == [round(float(p), 2) for p in sweep.propensities]
+
+
+def test_a_space_behind_a_comma_is_the_commas_unless_both_answers_have_one(run, session, vector):
+    for given, taken in (('"(A), (B)"', ("(A)", "(B)")), ('" (A), (B)"', (" (A)", " (B)"))):
+        assert run(f"%steer sweep cheerful 'one cat' --answers {given} --max-new-tokens 1").value.answers == taken
 
 
 def test_a_vector_is_measured_on_a_file(run, session, vector, samples):

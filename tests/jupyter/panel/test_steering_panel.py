@@ -322,6 +322,7 @@ def test_curves_come_from_reports_and_sweeps(model):
     assert row(panel, "one")["curve"]["y"] == pytest.approx(report.dose_response.mean_curve)
     assert row(panel, "two")["curve"]["x"] == [-1.0, 0.0, 1.0]
     assert row(panel, "two")["curve"]["y"] == pytest.approx(sweep.propensities[[1, 2, 0]])
+    assert row(panel, "two")["curve"]["label"] == "log P(·a) − log P(·b)"
     panel.close()
     with pytest.raises(UserError, match="SteerabilityReport"):
         SteeringPanel(model, measured=model.sweep(PROMPT, "two", (0, 1), 2))
