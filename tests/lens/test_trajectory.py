@@ -352,5 +352,5 @@ def test_a_lens_that_is_not_the_logit_lens_is_named_wherever_the_trajectory_show
     assert tuned.reading == f"{tuned.site}, tuned lens"
     assert "at resid_post, tuned lens" in repr(tuned)
     assert "resid_post, tuned lens" in tuned.to_html()
-    assert "resid_post, tuned lens" in tuned.plot().axes[0].get_title("left")
+    assert "resid_post, tuned lens" in " ".join(tuned.plot().axes[0].get_title("left").split("\n"))
     assert "lens" not in repr(replace(tuned, lens="logit"))
