@@ -30,6 +30,7 @@ from nblens.model.modes import uncompiled
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.placement import describe_placement
 from nblens.model.quantization import quantization_config
+from nblens.planning.adapter import adapters_of, put_on
 from nblens.planning.checkpoint import (
     DEMO_MODEL,
     WITHOUT_ADAPTER,
@@ -45,7 +46,7 @@ from nblens.planning.plan import Plan
 from nblens.planning.planner import Checkpoint, find_checkpoint, named_dtype, plan_of
 from nblens.planning.sharing import Setting
 from nblens.session import Renewed, Session
-from nblens.text import byte_size
+from nblens.text import byte_size, few
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +66,7 @@ def load(
     *,
     revision: str | None = None,
     gguf: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",
     devices: str | Mapping[str, Any] = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
@@ -97,6 +99,10 @@ def load(
     gguf : str, optional
         The GGUF file to take of a model's folder or of its files on the Hub. Its weights are dequantised, and its
         tokenizer and chat template used. Needs ``pip install "nblens[gguf]"``.
+    adapter : str or os.PathLike, optional
+        A LoRA or another adapter of peft that is put on the model: a folder, or a name on the Hub, with safetensors.
+        Its weights stay apart from the model's, and its name stands beside the model's in everything that is made.
+        Needs ``pip install "nblens[adapters]"``.
     dtype : str or torch.dtype
         "auto": the checkpoint's own on a GPU, float32 on a CPU.
     devices : str or mapping
@@ -141,8 +147,11 @@ def load(
 
     began = time.perf_counter()
     if is_gguf(model, gguf):
-        _check_gguf(tp > 1 or pp > 1 or ep > 1, offload_dir, quantization)
-    checkpoint = find_checkpoint(model, gguf, revision=revision, trust_remote_code=trust_remote_code)
+        _check_gguf((tp, pp, ep) != (1, 1, 1), offload_dir, quantization)
+    _check_counts(tp=tp, pp=pp, ep=ep)
+    if adapter is not None:
+        _check_adapter((tp, pp, ep) != (1, 1, 1), offload_dir)
+    checkpoint = find_checkpoint(model, gguf, adapter, revision=revision, trust_remote_code=trust_remote_code)
     where = checkpoint.where
     source, name, config = checkpoint.source or "", checkpoint.name, checkpoint.config
     with read_by_libraries(None if model is None else name):
@@ -170,8 +179,10 @@ def load(
         _make_room(name, keep=keep)
         with _progress_bars(shown=model is not None):
             hf_model = _read(source, name, config=config, **options, **where)
+        if checkpoint.adapter is not None:
+            put_on(hf_model, checkpoint.adapter)
         session = _adopt(hf_model, tokenizer, name=name, commit=checkpoint.commit, began=began, ours=True)
-    if has_adapter(source):
+    if has_adapter(source) and adapter is None:
         _logger.warning("%s holds an adapter (adapter_config.json) beside the model, which is loaded without it", name)
     if model is None:
         from nblens.demo.corpus import neutral_texts
@@ -207,7 +218,7 @@ def attach(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Ses
         The model's parts could not be found, or its readout is not the model's own.
     """
     hf_model = uncompiled(hf_model)
-    name = hf_model.config.name_or_path or type(hf_model).__name__
+    name = " + ".join((hf_model.config.name_or_path or type(hf_model).__name__, *adapters_of(hf_model)))
     return _adopt(hf_model, tokenizer, name=name, began=time.perf_counter(), ours=False)
 
 
@@ -332,7 +343,9 @@ def _make_room(name: str, *, keep: bool) -> None:
     """Free what the last `load` made, unless it shall stay."""
     before = _loaded_before()
     if before is not None and not keep:
-        _logger.warning("%s is freed for %s; keep=True keeps both", before.placement.model, name)
+        made = [*before.vectors, *before.lenses]
+        lost = f", with {few(made)} that were made of it (.save(path) keeps one)" if made else ""
+        _logger.warning("%s is freed for %s%s; keep=True keeps both", before.placement.model, name, lost)
         before.unload()
 
 
@@ -370,6 +383,22 @@ def _check_gguf(spread: bool, offload_dir: str | None, quantization: str | None)
             f"{given[0]} cannot be given with a GGUF file, which is dequantised as a whole; load it, save it with "
             "session.model.save_pretrained(folder) and session.tokenizer.save_pretrained(folder), and load the folder"
         )
+
+
+def _check_adapter(spread: bool, offload_dir: str | None) -> None:
+    """Refuse what an adapter cannot be put on."""
+    refused = {"tp, pp and ep": spread, "offload_dir": offload_dir}
+    if given := [option for option, value in refused.items() if value]:
+        raise UserError(
+            f"{given[0]} cannot be given with an adapter; merge it into its model first (merge_and_unload() in peft), "
+            "and load the folder that comes of it"
+        )
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{name} is a number of processes, 1 or more; got {shown(value)}")
 
 
 def _is_spread(session: Session | None) -> bool:

@@ -165,8 +165,8 @@ def test_an_adapter_without_its_model_is_called_one(before, folder, base, named)
     os.remove(folder / "config.json")
     write_adapter(folder, base)
     assert refused(folder) == (
-        f"cannot load {str(folder)!r}: it is an adapter of {named}, not a model; merge it into that one first "
-        "(merge_and_unload() in peft), and load or attach what comes of it"
+        f"cannot load {str(folder)!r}: it is an adapter of {named}, not a model; load that one, with "
+        f"adapter={str(folder)!r}"
     )
 
 

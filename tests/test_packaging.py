@@ -59,7 +59,8 @@ def test_every_package_that_nblens_imports_is_a_dependency():
                 imported.add(node.module.split(".")[0])
     distributions = packages_distributions()
     declared = {
-        canonicalize_name(requirement.name) for requirement in requirements("cluster", "fused", "gguf", "quantization")
+        canonicalize_name(requirement.name)
+        for requirement in requirements("adapters", "cluster", "fused", "gguf", "quantization")
     }
     undeclared = {
         name

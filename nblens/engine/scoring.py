@@ -1,19 +1,22 @@
 """`Scoring`: log-probabilities of answers under many settings of steering, batched over texts and settings.
 
 A row of a batch is one text under one setting. Where nothing is written before some column, everything up to there
-goes through the model once per text, and its KV cache is repeated for the settings.
+goes through the model once per text, and its KV cache is repeated for the settings. Blocks below all that a setting
+writes run once per text, too.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nblens.engine.control import Control, Emit, Listening
+from nblens.engine.lower_blocks import can_skip, highest_unwritten, outputs_of, skipping
 from nblens.engine.memory import is_out_of_memory, out_of_memory
 from nblens.engine.numerics import located
 from nblens.engine.runner import Runner
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Scoring"]
 
+_FEWEST_TO_SKIP = 128  # rows: trying whether blocks may be left out takes some, too
+
 
 class Scoring:
     """Serves one `ScoringSpec`: emits `Scores` for each text, then `RunFinished`."""
@@ -36,6 +41,8 @@ class Scoring:
     def __init__(self, runner: Runner, spec: ScoringSpec, emit: Emit, control: Control) -> None:
         self._runner, self._spec, self._emit, self._control = runner, spec, emit, control
         self._tokens = spec.batch_tokens
+        self._skipped = self._find_skipped()
+        """last block that does not run anew → the settings of which that holds; -1: all blocks run"""
 
     def execute(self) -> None:
         """Score every text; stops before the next batch when asked to."""
@@ -43,6 +50,15 @@ class Scoring:
             # texts of like length share a batch, so that little of it is padding
             self._score_group(sorted(group, key=lambda number: len(self._spec.texts[number].ids)))
         self._emit(RunFinished(self._control.cancelled, {}))
+
+    def _find_skipped(self) -> dict[int, Sequence[int]]:
+        spec, runner = self._spec, self._runner
+        settings, n_blocks = range(spec.n_settings), runner.architecture.n_blocks
+        lowest = [highest_unwritten(spec.steering, setting, n_blocks) for setting in settings]
+        n_rows = len(spec.texts) * spec.n_settings
+        if n_rows < _FEWEST_TO_SKIP or max(lowest, default=-1) < 0 or not can_skip(runner, self._control):
+            return {-1: settings}
+        return {block: [s for s in settings if lowest[s] == block] for block in sorted(set(lowest))}
 
     def _score_group(self, group: Sequence[int]) -> None:
         done = 0
@@ -62,16 +78,21 @@ class Scoring:
     def _texts_at_once(self, group: Sequence[int]) -> int:
         """How many of the next texts fit a batch under all settings; one where not even that fits."""
         lengths = [len(self._spec.texts[number].ids) for number in group]
-        return 1 if self._alone else len(next(packed(lengths, self._tokens, rows=self._spec.n_settings)))
+        return 1 if self._alone else len(next(packed(lengths, self._tokens, rows=self._most_settings)))
 
-    def _settings_at_once(self, width: int) -> int:
-        """Settings of one text that fit a batch."""
-        return 1 if self._alone else max(1, self._tokens // width)
+    def _settings_at_once(self, width: int, n_texts: int = 1) -> int:
+        """Settings of so many texts that fit a batch."""
+        return 1 if self._alone else max(1, self._tokens // (width * n_texts))
+
+    @property
+    def _most_settings(self) -> int:
+        """Settings that share what is not run anew."""
+        return max(map(len, self._skipped.values()))
 
     def _take_less(self, numbers: Sequence[int], error: RuntimeError) -> None:
         """Halve what goes through the model at once, or give up."""
         width = max(len(self._spec.texts[number].ids) for number in numbers)
-        rows = len(numbers) * min(self._spec.n_settings, self._settings_at_once(width))
+        rows = len(numbers) * min(self._most_settings, self._settings_at_once(width, len(numbers)))
         if rows == 1 or not self._runner.ranks.alone:
             batch = self._runner.batch([self._spec.texts[number].ids for number in numbers])
             raise out_of_memory("scoring answers", batch, batch.width) from error
@@ -87,10 +108,9 @@ class Scoring:
             labels=None if None in labels else labels,
             turns=[text.turns for text in texts],
         )
-        parts = self._states(batch)
-        if self._control.cancelled:  # parts may be of unlike widths
+        states = self._states(batch)
+        if states is None:
             return []
-        states = torch.cat(parts)
         n_scored = [len(text.ids) - text.prompt_length + 1 for text in texts]
         logprobs, kl = self._read(states, texts, n_scored)
         self._check_finite(logprobs, batch)
@@ -105,23 +125,42 @@ class Scoring:
         # NaN also stands where a text has fewer answers than another, but not at its first
         if (broken := logprobs[:, :, 0].isnan().any(1)).any():
             setting = int(broken.nonzero()[0])
-            writes = self._of_rows(range(setting, setting + 1), batch.rows)
+            writes = self._of_rows([setting], batch.rows)
             error = NumericalError("log-probabilities of answers are NaN")
             raise located(self._runner, error, batch, writes)
 
-    def _states(self, batch: Batch) -> list[torch.Tensor]:
-        """Last residuals where answers' tokens are predicted, text after text: (settings, n, d_model), batch by batch.
+    def _states(self, batch: Batch) -> torch.Tensor | None:
+        """Last residuals where answers' tokens are predicted, text after text: (settings, n, d_model).
 
-        Where the run was stopped meanwhile they hold fewer.
+        None where the run was stopped meanwhile.
         """
-        at_once, n_settings = self._settings_at_once(batch.width), self._spec.n_settings
-        parts = []
+        at_once = self._settings_at_once(batch.width, batch.rows)
         shared, cache = self._shared(batch)
-        for start in range(0, n_settings, at_once):
-            settings = range(start, min(start + at_once, n_settings))
-            own = cache if cache is None or settings.stop == n_settings else copy.deepcopy(cache)
-            parts.append(self._forward(batch, settings, shared, own))
-        return parts
+        order, parts = list[int](), list[torch.Tensor]()
+        outputs = self._outputs(batch) if cache is None else {}
+        for block, of_block in (self._skipped if outputs else {-1: range(self._spec.n_settings)}).items():
+            for start in range(0, len(of_block), at_once):
+                if self._control.cancelled:  # parts may be of unlike widths
+                    return None
+                settings = of_block[start : start + at_once]
+                order += settings
+                own = cache if cache is None or len(order) == self._spec.n_settings else copy.deepcopy(cache)
+                with self._below(block, outputs, len(settings)):
+                    parts.append(self._forward(batch, settings, shared, own))
+        return None if self._control.cancelled else torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _below(self, block: int, outputs: dict[int, Any], times: int) -> AbstractContextManager[None]:
+        """The blocks up to this one do not run, where it is known what they give."""
+        if block not in outputs:
+            return nullcontext()
+        return skipping(self._runner.architecture, block, outputs[block], times)
+
+    def _outputs(self, batch: Batch) -> dict[int, Any]:
+        """What blocks give that need not run anew; nothing where texts are too long for one step."""
+        blocks = [block for block in self._skipped if block >= 0]
+        if not blocks or batch.rows * batch.width > self._tokens:
+            return {}
+        return outputs_of(self._runner, batch, blocks, self._control)
 
     def _shared(self, batch: Batch) -> tuple[int, Cache | None]:
         """Feed the columns that are the same under all settings; how many, and the cache that holds them."""
@@ -133,7 +172,7 @@ class Scoring:
         width = max(1, self._tokens // batch.rows)
         return columns, feed_once(self._runner, batch, columns, width, self._control)
 
-    def _forward(self, batch: Batch, settings: range, shared: int, cache: Cache | None) -> torch.Tensor:
+    def _forward(self, batch: Batch, settings: Sequence[int], shared: int, cache: Cache | None) -> torch.Tensor:
         """Feed what is left of every text under some settings, (settings, n, d_model)."""
         runner, architecture = self._runner, self._runner.architecture
         repeated = batch.repeated(len(settings))
@@ -158,11 +197,11 @@ class Scoring:
         offsets = (self._first_scored(batch) - keeping.first).tolist()
         return torch.cat([states[:, offset:] for states, offset in zip(by_text, offsets, strict=True)], 1)
 
-    def _of_rows(self, settings: range, n_texts: int) -> list[SteeringWrite]:
+    def _of_rows(self, settings: Sequence[int], n_texts: int) -> list[SteeringWrite]:
         """The writes that do anything under some settings, with a coefficient for each row."""
         writes = []
         for write in self._writes:
-            coefficients = write.coefficients[settings.start : settings.stop]
+            coefficients = tuple(write.coefficients[setting] for setting in settings)
             if any(c is not None for c in coefficients):
                 writes.append(replace(write, coefficients=coefficients * n_texts))
         return writes

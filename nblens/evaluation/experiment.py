@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from nblens.errors import UserError, warn_caller
 from nblens.evaluation.doses import Dose
+from nblens.evaluation.duration import FEW_CONTROLS, Work, controlled, in_words
 from nblens.evaluation.layer_choice import LayerChoice, choose_layer, split
 from nblens.evaluation.measurement import Measurement
 from nblens.evaluation.scorer import EncodedSamples, Scorer
@@ -59,8 +61,10 @@ class Evaluation:
         blocks: Sequence[int] = parse_layers(layers, self._n_blocks)
         splits = split(as_samples(samples), how.seed)
         validation = self.encode(splits.validation)
+        test = self.encode(splits.test)
         # before a vector is made, and of all blocks: one that cannot act would have a slope of 0, not none
-        blocks = self._acting(name, blocks, extraction, [validation, self.encode(splits.test)])
+        blocks = self._acting(name, blocks, extraction, [validation, test])
+        timed = self._timed(test, blocks, n_kinds=2, choosing=[validation])
         vector = extractor.vector(name, splits.train, **extraction, chat=how.chat, progress=how.progress)
         vector = vector.normalized() if normalise else vector
         blocks = [block for block in blocks if vector.directions[block].any()] or blocks
@@ -68,7 +72,7 @@ class Evaluation:
         choice = choose_layer(self.scorer, vector, validation, blocks, how.coefficients, neutral, how.kl_budget)
         vector = vector.at((choice.block,))
         known = {"out_of_distribution": out_of_distribution, "choice": choice, "splits": splits.sizes}
-        return vector, self.measure(vector, splits.test, pairs=splits.train, **known)
+        return vector, timed.measure(vector, test, pairs=splits.train, **known)
 
     def measure(
         self,
@@ -95,10 +99,17 @@ class Evaluation:
             How many samples each split holds.
         """
         check_op(vector.name, vector.site, vector.op)
-        dose, own = Dose.of(vector, self.how.coefficients), self.encode(samples)
-        other = None if out_of_distribution is None else self.encode(out_of_distribution)
+        dose = Dose.of(vector, self.how.coefficients)
+        own = samples if isinstance(samples, EncodedSamples) else self.encode(samples)
+        other = out_of_distribution
+        if other is not None and not isinstance(other, EncodedSamples):
+            other = self.encode(other)
         for measured in (own, other) if other else (own,):
             check_scored(dose.named(vector.name), measured.encoded, self._n_blocks)
+        if None in (self.how.n_random, self.how.n_shuffles):
+            timed = self._timed(own, vector.layers, n_kinds=1 if pairs is None else 2)
+            known = {"out_of_distribution": other, "choice": choice, "splits": splits}
+            return timed.measure(vector, own, pairs=pairs, **known)
         neutral = self._neutral(dose, told=True)
         shuffled = self._shuffled(vector, pairs)
         (values,) = self.scorer.propensities([*own.encoded, *(other.encoded if other else ())], [dose], "dose response")
@@ -132,6 +143,23 @@ class Evaluation:
             **_by_label(fitted, own),
             **_norms(vector),
         )
+
+    def _timed(
+        self, own: EncodedSamples, blocks: Sequence[int], *, n_kinds: int, choosing: Sequence[EncodedSamples] = ()
+    ) -> Evaluation:
+        """The same with its number of controls settled; how long it will take is told."""
+        architecture = self.extractor.build.architecture
+        size, n_controlled = (architecture.n_blocks, architecture.d_model), min(len(own.encoded), _N_CONTROL_SAMPLES)
+        quiet = replace(self.scorer, progress=False)
+        work = Work.of(quiet, self.how, own, n_controlled, self.neutral_ids(), blocks, choosing, size=size)
+        how, seconds = controlled(self.how, work, n_kinds)
+        if self.how.progress:
+            samples = f"{sum(len(one.encoded) for one in (own, *choosing))} samples"
+            counts = (samples, f"{len(blocks)} blocks" if choosing else "", f"{len(how.coefficients)} coefficients")
+            few = how != self.how and FEW_CONTROLS in (how.n_random, how.n_shuffles)
+            if said := in_words(seconds, " × ".join(filter(None, counts)), few=few):
+                print(said, file=sys.stderr)
+        return replace(self, how=how)
 
     @property
     def scorer(self) -> Scorer:
@@ -199,7 +227,7 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Mean slope of every control direction between the outermost coefficients."""
         generator = np.random.default_rng(self.how.seed)
-        random = [dose.random(generator, ends) for _ in range(self.how.n_random if self.how.controls else 0)]
+        random = [dose.random(generator, ends) for _ in range(self.how.n_random or 0 if self.how.controls else 0)]
         others = [dose.toward(directions, ends) for directions in shuffled]
         if not random and not others:
             return {}

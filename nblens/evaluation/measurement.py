@@ -43,7 +43,7 @@ class Measurement:
     kl_budget : float
         Mean KL(unsteered ‖ steered) on neutral text, nats per token, that a coefficient may cost.
     n_random, n_shuffles : int
-        How many controls of each kind.
+        How many controls of each kind. None: 32, or 8 where the measurement would take more than two minutes.
     chat : bool or mapping
         Send prompts as a user's turn through the chat template; a mapping: with these of its options.
     seed : int
@@ -61,15 +61,15 @@ class Measurement:
     controls: bool = True
     neutral: Sequence[str] | None = None
     kl_budget: float = 0.5
-    n_random: int = 32
-    n_shuffles: int = 32
+    n_random: int | None = None
+    n_shuffles: int | None = None
     chat: Chat = False
     seed: int = 0
     progress: bool = True
 
     def __post_init__(self) -> None:
         for what, number in (("n_random", self.n_random), ("n_shuffles", self.n_shuffles), ("seed", self.seed)):
-            if not isinstance(number, Integral) or number < 0:
+            if (number is not None or what == "seed") and (not isinstance(number, Integral) or number < 0):
                 raise UserError(f"{what} must be a whole number, 0 or more; got {number!r}")
         if not isinstance(self.kl_budget, Real) or not 0 <= self.kl_budget < math.inf:
             raise UserError(f"a KL budget is a number of nats from 0 up, got {self.kl_budget!r}")
@@ -87,6 +87,11 @@ class Measurement:
             raise UserError(f"coefficient {twice[0]:g} is there twice; give each λ once")
         object.__setattr__(self, "coefficients", coefficients)
 
+    def with_controls(self, count: int) -> Measurement:
+        """The same with so many controls of each kind where nothing else was asked for."""
+        n_random = count if self.n_random is None else self.n_random
+        return replace(self, n_random=n_random, n_shuffles=count if self.n_shuffles is None else self.n_shuffles)
+
     def ends(self, linear_limit: float | None) -> tuple[float, float]:
         """The outermost coefficients that slopes are taken over; controls are measured there alone."""
         limit = math.inf if linear_limit is None else linear_limit * (1 + 1e-9)
@@ -100,8 +105,8 @@ class MeasurementOptions(TypedDict, total=False):
     controls: bool
     neutral: Sequence[str] | None
     kl_budget: float
-    n_random: int
-    n_shuffles: int
+    n_random: int | None
+    n_shuffles: int | None
     chat: Chat
     seed: int
     progress: bool

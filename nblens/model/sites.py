@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from torch import nn
-
 from nblens.errors import UserError, shown
 
 if TYPE_CHECKING:
-    pass
+    from torch import nn
 
 __all__ = ["INNER_SITES", "SITES", "BlockSites", "SiteLocation", "check_site"]
 

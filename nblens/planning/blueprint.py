@@ -8,6 +8,7 @@ latent or linear attention).
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from nblens.errors import UnsupportedModelError, first_line
 from nblens.model.architecture import find_blocks, find_lm_head
 from nblens.model.position_code import context_of
 from nblens.model.quantization import find_quantization
+from nblens.planning.adapter import Adapter, lay_beside
 from nblens.planning.checkpoint import Headers
 
 if TYPE_CHECKING:
@@ -150,6 +152,7 @@ def draw_blueprint(
     quantization: str | None = None,
     headers: Headers | None = None,
     trust_remote_code: bool = False,
+    adapter: Adapter | None = None,
 ) -> Blueprint:
     """Build a model without its weights.
 
@@ -157,6 +160,8 @@ def draw_blueprint(
     ----------
     headers : dict, optional
         Of the checkpoint: what the weights of a model that was published quantized take.
+    adapter : Adapter, optional
+        Whose weights lie beside the model's.
 
     Raises
     ------
@@ -173,6 +178,7 @@ def draw_blueprint(
     text = config.get_text_config(decoder=True)
     n_heads = getattr(text, "num_attention_heads", None) or getattr(text, "n_head", None) or 1
     n_parameters = sum(p.numel() for p in runnable.parameters())
+    n_parameters += sum(math.prod(shape) for _, _, shape in adapter.tensors) if adapter else 0
     widest = _widest(blocks, text)
     model = _meta_model(config, dtype, trust_remote_code)
     _keep_in_float32(model, dtype)
@@ -180,6 +186,8 @@ def draw_blueprint(
         _quantize(model, find_quantization(quantization).size, paths[head])
     elif headers is not None:
         _resize(model, [f"{blocks_path}.{block}" for block in range(len(blocks))], headers)
+    if adapter is not None:
+        lay_beside(model, adapter)
     return Blueprint(
         model=model,
         n_parameters=n_parameters,

@@ -154,8 +154,8 @@ def read_config(
         except (OSError, ValueError) as error:
             if base := _base_of_adapter(source, revision, more):
                 raise UserError(
-                    f"cannot load {str(model)!r}: it is an adapter of {base}, not a model; merge it into that one "
-                    "first (merge_and_unload() in peft), and load or attach what comes of it"
+                    f"cannot load {str(model)!r}: it is an adapter of {base}, not a model; load that one, with "
+                    f"adapter={str(model)!r}"
                 ) from error
             raise
         n_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)

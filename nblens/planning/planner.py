@@ -13,6 +13,7 @@ import torch
 from nblens.errors import UserError
 from nblens.model.parallel import check_parallel, tensor_ranks
 from nblens.model.quantization import find_quantization
+from nblens.planning.adapter import Adapter, find_adapter
 from nblens.planning.blueprint import Blueprint, draw_blueprint
 from nblens.planning.checkpoint import (
     DEMO_MODEL,
@@ -52,6 +53,8 @@ class Checkpoint:
     """what has libraries look on this machine alone, where the Hub cannot be reached"""
     gguf: GgufCheckpoint | None = None
     """the file of it that is taken"""
+    adapter: Adapter | None = None
+    """what is put on it"""
 
     @property
     def where(self) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def plan(
     propose: bool = True,
     revision: str | None = None,
     gguf: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Tell what a model would put on each device, and whether it fits, without reading weights.
@@ -102,7 +106,7 @@ def plan(
         Such a description, too: ``{0: "80GiB", "cpu": "200GiB"}``. Without either, what is free here.
     tp, pp, ep : int
         Ranks of tensor, pipeline and expert parallelism. All 1: one process, blocks over the devices.
-    dtype, quantization, offload_dir, revision, gguf, trust_remote_code
+    dtype, quantization, offload_dir, revision, gguf, adapter, trust_remote_code
         As `nblens.load` takes them.
     context : int, optional
         Tokens in each row, prompt and generated together. Default: 2048, or what the model was made for.
@@ -121,7 +125,7 @@ def plan(
     config: Any = model
     if not hasattr(model, "get_text_config"):  # no configuration
         where: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        checkpoint = find_checkpoint(model, gguf, **where)
+        checkpoint = find_checkpoint(model, gguf, adapter, **where)
     else:
         checkpoint = Checkpoint(config.name_or_path or config.model_type, config, None)
     if is_description(devices):
@@ -135,8 +139,15 @@ def plan(
     return plan_of(checkpoint, limits, setting, device_map, propose=propose)
 
 
-def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = None, **where: Any) -> Checkpoint:
-    """What a model says about itself; `gguf` as in `nblens.load`, `where` its revision and whether its code is trusted.
+def find_checkpoint(
+    model: str | os.PathLike[str] | None,
+    gguf: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    **where: Any,
+) -> Checkpoint:
+    """What a model says about itself, and an adapter of it.
+
+    `gguf` and `adapter` are as in `nblens.load`, `where` is its revision and whether its code is trusted.
 
     Of a name on the Hub that cannot be reached the copy on this machine is taken.
 
@@ -145,6 +156,10 @@ def find_checkpoint(model: str | os.PathLike[str] | None, gguf: str | None = Non
     UserError
         There is no such model, or it cannot be taken.
     """
+    if adapter is not None:
+        beside = find_adapter(adapter)
+        checkpoint = find_checkpoint(model, gguf, **where)
+        return replace(checkpoint, name=f"{checkpoint.name} + {beside.name}", adapter=beside)
     found = find_gguf(model, gguf, where.get("revision"))
     if found is None:
         source = source_of(model)
@@ -222,6 +237,7 @@ def _draw(checkpoint: Checkpoint, dtype: torch.dtype, quantization: str | None) 
         quantization=quantization,
         headers=_headers(checkpoint) if quantized else None,
         trust_remote_code=checkpoint.trust_remote_code,
+        adapter=checkpoint.adapter,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from nblens.errors import UserError
 from nblens.steering.reach import check_acts
@@ -65,6 +66,24 @@ class LiveSteering:
             self._setting = (self._setting if keep else {}) | {item.name: item for item in steers}
             self._keys = (self._keys if keep else {}) | {item.name: vectors.resolved(item).key for item in steers}
             self._send(off | {self._keys[item.name]: item.coefficient for item in steers})
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a vector another name; where it steers, it goes on under that one.
+
+        Raises
+        ------
+        UserError
+            There is no such vector, there is one of the new name, or it is no name.
+        """
+        with self._changing:
+            vector = self._vectors[name]
+            if new in self._vectors:
+                raise UserError(f"there is a vector {new!r} already; remove it first, or give another name")
+            self._vectors[new] = vector
+            steer = self.setting.get(name)
+            if steer is not None:
+                self([replace(steer, name=new)])
+            del self._vectors[name]
 
     @property
     def setting(self) -> dict[str, Steer]:

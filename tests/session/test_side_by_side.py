@@ -143,11 +143,13 @@ def test_a_session_that_nobody_holds_any_more_frees_its_model():
 
 def test_a_load_frees_what_was_loaded_and_says_so(unloaded, folder, caplog, attach):
     first = unloaded(nblens.load(folder, devices="cpu"))
+    first.vectors["v"] = vector_of()
     attached = attach(endless_model("llama"))
     assert caplog.messages == []
     with caplog.at_level(logging.WARNING, "nblens"):
         second = unloaded(nblens.load(folder, devices="cpu"))
-    assert caplog.messages == [f"{folder} is freed for {folder}; keep=True keeps both"]
+    lost = ", with v that were made of it (.save(path) keeps one)"
+    assert caplog.messages == [f"{folder} is freed for {folder}{lost}; keep=True keeps both"]
     assert repr(first) == "Session(unloaded)"
     assert nblens.current() is second
     assert len(attached.generate(PROMPT, 2).token_ids) == 2

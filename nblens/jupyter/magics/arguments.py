@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from nblens.errors import UserError
 from nblens.lens.cells import METRICS
+from nblens.model.sites import SITES
 
 __all__ = [
     "GENERATE",
@@ -332,6 +333,7 @@ def _load() -> MagicParser:
     parser.add_argument("--context", type=int, metavar="N", help="with --plan: tokens in each row (default: 2048)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="with --plan: rows (default: 1)")
     parser.add_argument("--gguf", metavar="FILE", help="the GGUF file to take of a folder or of a model on the Hub")
+    parser.add_argument("--adapter", metavar="PATH", help="a LoRA of peft to put on it: a folder, or a name on the Hub")
     parser.add_argument("--revision", help="branch, tag or commit of the model")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--keep", action="store_true", help="keep the model that was loaded before, beside this one")
@@ -356,7 +358,13 @@ def _lens() -> MagicParser:
         takes_text=True,
     )
     parser.add_argument("--layers", metavar="SPEC", help="blocks to read, such as 0-4,10,-1 or ::4 (default: all)")
-    parser.add_argument("--sites", type=_names, default="resid_post", metavar="SITE[,SITE]", help="where in a block")
+    parser.add_argument(
+        "--sites",
+        type=_names,
+        default="resid_post",
+        metavar="SITE[,SITE]",
+        help=f"where in a block: {', '.join(SITES)}",
+    )
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tokens kept per cell (default: 5)")
     parser.add_argument(
         "--targets",
@@ -373,7 +381,12 @@ def _lens() -> MagicParser:
     parser.add_argument("--live", action="store_true", help="return at once, and fill the grid in the background")
     parser.add_argument("--static", action="store_true", help="a table instead of the live grid")
     parser.add_argument("--plot", action="store_true", help="a matplotlib picture instead of the live grid")
-    parser.add_argument("--save", metavar="FILE", help="write to .json, .safetensors, .html, .png, .svg or .pdf")
+    parser.add_argument(
+        "--save",
+        action="append",
+        metavar="FILE",
+        help="write to .json, .safetensors, .html, .png, .svg or .pdf; may be repeated",
+    )
     _add_prompt(parser)
     add_output(parser, "Trajectory (with --compare: Comparison)")
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from IPython.core.completer import CompletionContext, SimpleCompletion, SimpleMatcherResult, context_matcher
@@ -19,6 +20,9 @@ __all__ = ["complete_line", "match_magic"]
 
 _LINE = re.compile(r"\s*(?:[\w.]+\s*=\s*)?(%%?)(load_sharded|lens|steer|generate)\s+(.*)", re.DOTALL)
 _PARSERS = {"load_sharded": LOAD, "lens": LENS, "generate": GENERATE}
+
+_FILES = ("--adapter", "--gguf", "--offload", "--save", "--pairs", "--ood", "--lens")
+_MOST_PATHS = 200
 
 _Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 _takes_context: Callable[[_Matcher], _Matcher] = context_matcher(identifier="nblens")
@@ -50,7 +54,9 @@ def complete_line(parser: MagicParser, line: str) -> tuple[str, list[str]]:
     if fragment.startswith("-"):
         return fragment, list(parser.options)
     if parser is STEER:
-        return fragment, _steer_words(words)
+        return fragment, _steer_words(words, fragment)
+    if parser is LOAD and not words:
+        return fragment, [*([] if fragment else parser.options), *_paths(fragment)]
     return fragment, [] if fragment else list(parser.options)
 
 
@@ -71,18 +77,39 @@ def _read(parser: MagicParser, before: list[str]) -> tuple[list[str], str | None
 
 def _value(option: str, fragment: str) -> tuple[str, list[str]]:
     """Values of an option; the last of several that are separated by commas."""
+    if option in _FILES:
+        return fragment, [*(_lenses() if option == "--lens" else ()), *_paths(fragment)]
     values = _VALUES.get(option)
     if values is None:
         return fragment, []
     return fragment.rpartition(",")[2], list(values())
 
 
-def _steer_words(words: list[str]) -> list[str]:
+def _steer_words(words: list[str], fragment: str) -> list[str]:
     if not words:
         return [*COMMANDS, *_settings()]
-    if words[0] in ("show", "save", "sweep", "eval") and len(words) == 1:
+    if words[0] not in COMMANDS:
+        return _settings()
+    expected = COMMANDS[words[0]].words.split()
+    if words[0] == "load":  # its name may be left out
+        return _paths(fragment) if len(words) < 3 else []
+    wanted = expected[len(words) - 1] if len(words) <= len(expected) else ""
+    if wanted == "NAME" and words[0] not in ("extract", "experiment"):  # which make one of a new name
         return _vectors()
-    return [] if words[0] in COMMANDS else _settings()
+    return _paths(fragment) if wanted == "FILE" else []
+
+
+def _paths(fragment: str) -> list[str]:
+    """Files and folders that begin so; a folder ends in a slash, so that one goes on into it."""
+    folder, _, begun = fragment.rpartition("/")
+    place = Path(folder or "/" if fragment.startswith("/") else folder or ".").expanduser()
+    try:
+        found = sorted(path for path in place.iterdir() if path.name.startswith(begun))[:_MOST_PATHS]
+        shown = [f"{path.name}/" if path.is_dir() else path.name for path in found if begun or path.name[0] != "."]
+    except (OSError, RuntimeError, ValueError):  # no folder, no home of that user, or one that cannot be read
+        return []
+    start = fragment[: len(fragment) - len(begun)]
+    return [start + name for name in shown if " " not in name]
 
 
 def _session() -> Any:
@@ -128,7 +155,6 @@ def _choices(parser: MagicParser, option: str) -> Callable[[], Iterable[str]]:
 
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "--metric": _choices(LENS, "--metric"),
-    "--lens": _lenses,
     "--write": lambda: WRITE_POSITIONS,
     "--op": _choices(STEER, "--op"),
     "--steer": lambda: ["off", *_settings()],

@@ -16,10 +16,13 @@ import io
 import keyword
 import re
 import sys
+import time
 import unicodedata
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.error import UsageError
@@ -137,6 +140,7 @@ class NblensMagics(Magics):
         """Load a model, show what is loaded, or free it."""
         if len(options.words) > 1:
             raise UserError(f"%load_sharded takes one model, got {' '.join(options.words)}")
+        began = time.perf_counter()
         if options.status or options.unload:
             if options.words or (options.status and options.unload):
                 raise UserError("--status and --unload stand alone; neither loads a model")
@@ -149,6 +153,7 @@ class NblensMagics(Magics):
         request = {
             "revision": options.revision,
             "gguf": options.gguf,
+            "adapter": options.adapter,
             "dtype": options.dtype,
             "devices": options.devices,
             "max_memory": dict(options.max_memory) if options.max_memory else None,
@@ -169,10 +174,13 @@ class NblensMagics(Magics):
         from nblens.loading import load
 
         try:
-            return load(model, ray=options.ray, keep=options.keep, **request)
+            session = load(model, ray=options.ray, keep=options.keep, **request)
         except DoesNotFitError as refusal:
             display(refusal.plan)
             raise UserError(first_line(refusal)) from None
+        # what a cell takes, imports of the first one included
+        session.placement = replace(session.placement, seconds=time.perf_counter() - began)
+        return session
 
     @line_cell_magic
     @_described(LENS)
@@ -182,7 +190,7 @@ class NblensMagics(Magics):
         if options.compare and not isinstance(options.sites, str):
             raise UserError("--compare takes one site; give one --sites")
         _check_view(options)
-        write = _writer(options) if options.save else None
+        writers = [_writer(file, options) for file in options.save or ()]
         reading = self._reading(prompt, options)
         if options.live:
             from nblens.jupyter.grid.live_grid import LiveGrid
@@ -194,8 +202,8 @@ class NblensMagics(Magics):
         result = _run(lambda: reading(growing.watch if growing else None))
         if result is None:
             return None
-        if write:
-            write(result)
+        for write in writers:
+            print(f"wrote {write(result)}")
         if growing:
             shown.show_as(result, metric=options.metric, grid=growing.complete(result))
         else:
@@ -344,9 +352,9 @@ def _figure(obj: Any, metric: str) -> Any:
     return trajectory_grid(obj, metric=metric)
 
 
-def _writer(options: Namespace) -> Callable[[Any], None]:
+def _writer(file: str, options: Namespace) -> Callable[[Any], Path]:
     """Make what writes the result to the named file; a name that cannot be written is refused before the run."""
-    path, metric = expanded(options.save), options.metric
+    path, metric = expanded(file), options.metric
     what, kinds = "a trajectory is", [".html", *_PICTURES, ".json", ".safetensors"]
     if options.compare:
         what, kinds = "a comparison is", [".html", *_PICTURES]
@@ -357,7 +365,7 @@ def _writer(options: Namespace) -> Callable[[Any], None]:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
-    def write(result: Any) -> None:
+    def write(result: Any) -> Path:
         try:
             if path.suffix == ".safetensors":
                 result.save(path)
@@ -371,5 +379,6 @@ def _writer(options: Namespace) -> Callable[[Any], None]:
                 replace_file(path, picture.getvalue())
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+        return path
 
     return write

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nblens.errors import UserError
 from nblens.jupyter.magics.arguments import MagicParser, add_output
+from nblens.model.sites import SITES
 from nblens.specs import EXTRACTION_METHODS
 from nblens.steering.steer import STEER_OPS, check_write
 
@@ -30,7 +31,9 @@ COMMANDS = {
     "off": Command(),
     "list": Command(),
     "save": Command("NAME FILE"),
-    "load": Command("FILE", frozenset({"as"})),
+    "load": Command("[NAME] FILE"),
+    "remove": Command("NAME"),
+    "rename": Command("NAME NEW"),
     "show": Command("NAME"),
     "extract": Command("NAME FILE", _READ | _WRITTEN),
     "sweep": Command(
@@ -93,7 +96,9 @@ def _add_extraction(parser: MagicParser) -> None:
         metavar="NAME",
         help=f"{', '.join(EXTRACTION_METHODS)} (default: the first); pca_diff leaves the mean difference out",
     )
-    parser.add_argument("--site", metavar="SITE", help="where it is read and written (default: resid_post)")
+    parser.add_argument(
+        "--site", metavar="SITE", help=f"where it is read and written: {', '.join(SITES)} (default: resid_post)"
+    )
     parser.add_argument(
         "--read",
         type=_position,
@@ -133,7 +138,8 @@ def _steer() -> MagicParser:
         "%steer",
         usage="%steer [--once]\n"
         "       %steer NAME=λ [NAME=λ ...] [--layers] [--write] [--op]\n"
-        "       %steer off | list | show NAME | save NAME FILE | load FILE [--as NAME]\n"
+        "       %steer off | list | show NAME | remove NAME | rename NAME NEW\n"
+        "       %steer save NAME FILE | load [NAME] FILE\n"
         "       %steer extract NAME FILE [options]\n"
         "       %steer sweep NAME PROMPT [options]\n"
         "       %steer eval NAME FILE [options]\n"
@@ -147,6 +153,7 @@ def _steer() -> MagicParser:
         "  sweep        continues a prompt under several coefficients, in one run\n"
         "  eval         measures a vector on samples in a file: how far it steers, and what that costs\n"
         "  experiment   makes a vector of samples, chooses its block, and measures it, on splits of the file\n"
+        "  rename       one that steers goes on under its new name; remove: it steers no more\n"
         "  save, load   .safetensors, or .gguf: a control vector, which llama.cpp and repeng read too",
         examples="  %steer cheerful=1.5 formal=-1\n  %steer refusal=1 --op ablate\n  %steer off\n"
         "  %steer save cheerful cheerful.safetensors\n"
@@ -164,7 +171,6 @@ def _steer() -> MagicParser:
     parser.add_argument("--temperature", type=float, metavar="T", help="sweep: of sampling; 0 (default): greedy")
     parser.add_argument("--seed", type=int, metavar="N", help="of sampling, splits and controls")
     parser.add_argument("--pairs", metavar="FILE", help="eval: pairs the vector was made of, for shuffled controls")
-    parser.add_argument("--as", metavar="NAME", help="load: what the vector is called, instead of the name in the file")
     parser.add_argument("--ood", metavar="FILE", help="eval, experiment: samples of another kind, reported too")
     parser.add_argument("--kl-budget", type=float, metavar="NATS", help="what steering may cost (default: 0.5)")
     _flag(parser, "--once", "panel: write texts while the page waits, where nothing arrives from the background")

@@ -32,7 +32,8 @@ def steer(session: Session, options: Namespace) -> Any:
             raise UserError(f"{command!r} is neither NAME=NUMBER nor one of {', '.join(COMMANDS)}")
         return _set(session, options)
     expected = COMMANDS[command].words
-    if len(words) != len(expected.split()):
+    optional = expected.count("[")
+    if not 0 <= len(expected.split()) - len(words) <= optional:
         quoted = "; put quotes around a prompt of several words" if "PROMPT" in expected and len(words) > 1 else ""
         raise UserError(f"write %steer {command} {expected}".rstrip() + quoted)
     return _CARRY_OUT[command](session, options, *words)
@@ -79,21 +80,32 @@ def _save(session: Session, options: Namespace, name: str, file: str) -> None:
     print(f"wrote {session.vectors[name].save(file)}")
 
 
-def _load(session: Session, options: Namespace, file: str) -> Any:
+def _remove(session: Session, options: Namespace, name: str) -> None:
+    del session.vectors[name]
+    display(shown.vectors_table(session))
+
+
+def _rename(session: Session, options: Namespace, name: str, new: str) -> Any:
+    session.steer.rename(name, new)
+    return session.vectors[new]
+
+
+def _load(session: Session, options: Namespace, *words: str) -> Any:
     from nblens.steering.vector_store import check_name
     from nblens.steering.vectors import SteeringVector
 
-    name = getattr(options, "as")
-    vector = SteeringVector.load(file, name)
+    *given, file = words
+    vector = SteeringVector.load(file, *given)
     try:
         check_name(vector.name)
     except UserError as error:
-        raise UserError(f"{error} in {file}; give it another with --as NAME") from None
+        raise UserError(f"{error} in {file}; give it another: %steer load NAME {file}") from None
     before = session.vectors.get(vector.name)
     if before is None:
         session.vectors[vector.name] = vector
     elif not before.is_like(vector):
-        raise UserError(f"there is another vector {vector.name!r}, which {file} would replace; name it with --as NAME")
+        other = f"give it another name: %steer load NAME {file}"
+        raise UserError(f"there is another vector {vector.name!r}, which {file} would replace; {other}")
     return session.vectors[vector.name]
 
 
@@ -132,6 +144,8 @@ _CARRY_OUT: dict[str, Callable[..., Any]] = {
     "show": _show,
     "save": _save,
     "load": _load,
+    "remove": _remove,
+    "rename": _rename,
     "extract": extract_vector,
     "sweep": _sweep,
     "eval": _eval,

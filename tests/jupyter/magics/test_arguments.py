@@ -56,7 +56,7 @@ def test_a_semicolon_at_the_end_of_the_line_silences(line, silent, text):
         ("--steer a=1 b=-2.5 c=.5 x=y is", "steer", ["a=1", "b=-2.5", "c=.5"]),
         ("--steer a=1 --steer=b=2 x", "steer", ["a=1", "b=2"]),
         ("--steer off x", "steer", ["off"]),
-        ("--save 'my grid.html' x", "save", "my grid.html"),
+        ("--save 'my grid.html' x", "save", ["my grid.html"]),
         ("-o name x", "output", "name"),
         ("-o=name x", "output", "name"),
     ],

@@ -48,7 +48,8 @@ def test_vector_names_complete(complete, vectors):
     assert complete("%steer save f") == ["%steer save formal"]
 
 
-def test_lenses_complete(complete, session):
+def test_lenses_complete(complete, session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert complete("%lens --lens lo") == ["%lens --lens logit"]
     session.fit_lens(["the cat sat on the mat", "the dog ran"], steps=1)
     assert sorted(complete("%lens --lens ")) == ["%lens --lens logit", "%lens --lens tuned"]
@@ -58,7 +59,7 @@ def test_lenses_complete(complete, session):
 def test_commands_of_steer_complete(complete, vectors):
     assert set(complete("%steer ")) == {
         "%steer off", "%steer list", "%steer save", "%steer load", "%steer show",
-        "%steer extract", "%steer sweep",
+        "%steer extract", "%steer sweep", "%steer remove", "%steer rename",
         "%steer eval", "%steer experiment", "%steer cheerful=", "%steer formal=",
     }  # fmt: skip
     assert complete("%steer li") == ["%steer list"]
@@ -91,6 +92,32 @@ def test_files_still_complete(complete, session, tmp_path, monkeypatch):
     assert "%lens --lens cheerful_vector.safetensors" in complete("%lens --lens cheerful_v")
     (tmp_path / "control_vector.gguf").touch()
     assert complete("%steer load control_v") == ["%steer load control_vector.gguf"]
+
+
+PATHS = (
+    "%load_sharded ", "%load_sharded --gguf ", "%load_sharded x --adapter ", "%load_sharded --offload=", "%steer load ",
+    "%steer load v ", "%steer save cheerful ", "%steer experiment new ", "%steer eval cheerful ", "%steer extract new ",
+    "%steer experiment new x.csv --ood ", "%lens --save ", "%lens --lens ", "%%lens --top-k 3 --save=",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", PATHS)
+def test_paths_complete_for_what_takes_one(complete, vectors, tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny.gguf").touch()
+    (tmp_path / "models" / "tiny_adapter").mkdir()
+    assert complete(f"{start}mod") == [f"{start}models/"]
+    assert complete(f"{start}models/tiny.") == [f"{start}models/tiny.gguf"]
+    assert complete(f"{start}models/tiny_") == [f"{start}models/tiny_adapter/"]
+    assert complete(f"{start}{tmp_path}/mod") == [f"{start}{tmp_path}/models/"]
+    assert complete(f"{start}./nowhere/x") == []
+
+
+def test_names_complete_where_one_stands(complete, vectors):
+    for command in ("remove", "rename", "save", "show", "eval"):
+        assert complete(f"%steer {command} ch") == [f"%steer {command} cheerful"]
+    assert complete("%steer rename cheerful ch") == []
 
 
 def test_without_a_model_there_are_no_vectors(complete):

@@ -339,6 +339,7 @@ def test_options_of_load_sharded_reach_the_loader(run, shell, monkeypatch):
     assert seen == {
         "model": "my/model",
         "revision": "main",
+        "adapter": None,
         "gguf": None,
         "dtype": "bfloat16",
         "devices": "cuda:1",

@@ -40,9 +40,9 @@ def test_a_file_replaces_no_vector(run, refused, session, other):
     session.steer({"v": 1.5})
     said = refused(f"%steer load {other}")
     assert "there is another vector 'v'" in said
-    assert "--as NAME" in said
+    assert "%steer load NAME" in said
     np.testing.assert_array_equal(session.vectors["v"].directions[1], V)
-    run(f"%steer load {other} --as w")
+    run(f"%steer load w {other}")
     np.testing.assert_array_equal(session.vectors["w"].directions[1], -V)
     assert list(session.steer.setting) == ["v"]
 

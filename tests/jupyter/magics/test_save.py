@@ -74,3 +74,10 @@ def test_save_is_refused_before_the_run(refused, session, tmp_path, monkeypatch)
 def test_save_to_a_folder_is_one_line(refused, session, tmp_path):
     (tmp_path / "t.html").mkdir()
     assert "cannot write" in refused(f"%lens --save {tmp_path}/t.html the cat")
+
+
+def test_save_twice_saves_both_and_says_so(run, session, tmp_path):
+    cell = run(f"%lens --save '{tmp_path}/a b.json' --save {tmp_path}/t.html the cat")
+    assert cell.stdout == f"wrote {tmp_path}/a b.json\nwrote {tmp_path}/t.html\n"
+    assert (tmp_path / "a b.json").read_text() == cell.value.to_json()
+    assert (tmp_path / "t.html").read_text() == cell.value.to_html(metric="prob")

@@ -202,7 +202,7 @@ def test_a_stopped_extraction_is_one_line(run, session, shell, monkeypatch):
         ("%steer cheerful=nan", "coefficient of 'cheerful' must be finite, got nan"),
         ("%steer cheerful=inf --write all", "coefficient of 'cheerful' must be finite, got inf"),
         ("%steer cheerful=x", "steering is set as NAME=NUMBER, such as cheerful=1.5; got 'cheerful=x'"),
-        ("%steer cheerful", "'cheerful' is neither NAME=NUMBER nor one of off, list, save, load, show"),
+        ("%steer cheerful", "'cheerful' is neither NAME=NUMBER nor one of off, list, save, load, remove"),
         ("%steer cheerful=1 --layers 9", "layer 9 is out of range"),
         ("%steer extract v", "write %steer extract NAME FILE"),
         ("%steer extract v x.txt", "pairs are read from .jsonl, .json, .csv files; got 'x.txt'"),
@@ -326,3 +326,36 @@ def test_an_operation_and_a_range_are_set_from_the_line(run, session, vector):
 )
 def test_a_mistake_in_measuring_is_one_line(refused, session, vector, line, message):
     assert message in refused(line)
+
+
+def test_a_vector_is_renamed_and_steers_on(run, refused, session, vector):
+    run("%steer cheerful=1.5 --op ablate")
+    before = session.lens("the cat").circumstances.steering
+    run("%steer rename cheerful glad")
+    assert list(session.vectors) == list(session.steer.setting) == ["glad"]
+    assert session.vectors["glad"].name == "glad"
+    (now,) = session.lens("the cat").circumstances.steering
+    assert (now.coefficient, now.op, now.layers) == (before[0].coefficient, "ablate", before[0].layers)
+    session.vectors["other"] = session.vectors["glad"]
+    assert refused("%steer rename glad other").startswith("there is a vector 'other' already")
+    assert refused("%steer rename nobody x").startswith("steering vector 'nobody' is unknown")
+    assert refused("%steer rename glad a=b").startswith("a vector's name is letters")
+    assert list(session.steer.setting) == ["glad"]
+
+
+def test_a_vector_is_removed_and_steers_no_more(run, refused, session, vector):
+    plain = session.generate("the cat", 3, steer={}).token_ids
+    run("%steer cheerful=4")
+    cell = run("%steer remove cheerful")
+    assert "no steering vectors" in shown(cell)
+    assert not session.vectors
+    assert session.generate("the cat", 3).token_ids == plain
+    assert refused("%steer remove cheerful").startswith("steering vector 'cheerful' is unknown")
+
+
+def test_help_lists_the_sites(run):
+    from nblens.model.sites import SITES
+
+    for magic in ("%lens --help", "%steer --help"):
+        said = " ".join(run(magic).stdout.split())
+        assert ", ".join(SITES) in said.replace("- ", "-")
