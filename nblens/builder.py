@@ -18,7 +18,7 @@ from nblens.lens.fitting import hold_out
 from nblens.lens.jacobian import SKIPPED
 from nblens.lens.lens_store import LensStore
 from nblens.model.answers import AnsweredPrompt, encode_answers
-from nblens.model.architecture import Architecture, ModelFacts
+from nblens.model.architecture import ModelFacts
 from nblens.model.chats import Chat, Conversation
 from nblens.model.continuation import end_of
 from nblens.model.prompts import FedPrompt, OnePrompt, as_conversation, as_prompts, encode_prompt
@@ -59,7 +59,8 @@ _MOST_ROWS = 10_000
 class RequestBuilder:
     """Turns arguments into specs; every mistake in them is a `UserError`."""
 
-    architecture: Architecture | ModelFacts
+    facts: ModelFacts
+    """of the model, which nothing that the traceback of an error keeps may hold"""
     tokenizer: PreTrainedTokenizerBase
     context: int | None
     """most tokens that the model takes, None where its config does not say"""
@@ -142,13 +143,13 @@ class RequestBuilder:
     def acting(self, spec: RunSpec) -> RunSpec:
         """Return the run, unless what its call steers by cannot change what is read; the live setting is left alone."""
         own = tuple(write for write in spec.steering if not write.name.startswith(live_name("")))
-        check_run(replace(spec, steering=own), self.architecture.n_blocks)
+        check_run(replace(spec, steering=own), self.facts.n_blocks)
         return spec
 
     def scored(self, prompt: Any, answers: Any, written: SteeringWrite, *, chat: Chat) -> AnsweredPrompt:
         """One prompt with two answers that a vector can move; see `two_answers`."""
         sample = self.two_answers(prompt, answers, chat=chat)
-        check_scored(written, [sample], self.architecture.n_blocks)
+        check_scored(written, [sample], self.facts.n_blocks)
         return sample
 
     def swept(
@@ -206,11 +207,11 @@ class RequestBuilder:
         prompts: Sequence[Ids] = (),
     ) -> LensSpec:
         """What the lens shall read, after these prompts."""
-        vocab_size = self.architecture.vocab_size
+        vocab_size = self.facts.vocab_size
         if not isinstance(top_k, Integral) or not 1 <= top_k <= vocab_size:
             raise UserError(f"top_k must be between 1 and {vocab_size}, got {shown(top_k)}")
         lens = os.fspath(lens) if isinstance(lens, os.PathLike) else lens
-        blocks, names = parse_layers(layers, self.architecture.n_blocks), _site_names(sites)
+        blocks, names = parse_layers(layers, self.facts.n_blocks), _site_names(sites)
         self.lenses.check(lens, names, blocks)
         return LensSpec(
             blocks=blocks,
@@ -241,7 +242,7 @@ class RequestBuilder:
         target_ids = self._target_ids(targets, prompts)
         if not target_ids:
             raise UserError("attribute needs at least one target token")
-        return AttributionSpec(parse_layers(layers, self.architecture.n_blocks), target_ids)
+        return AttributionSpec(parse_layers(layers, self.facts.n_blocks), target_ids)
 
     def _target_ids(self, targets: Sequence[str | int] | str | int, prompts: Sequence[Ids]) -> Ids:
         """Targets as the tokens that they are after every prompt alike."""
@@ -256,7 +257,7 @@ class RequestBuilder:
 
     def _target_id(self, target: str | int, ends: Mapping[str, int]) -> int:
         """The token that a target is behind each of these ends of prompts, given with the prompts' numbers."""
-        size = self.architecture.vocab_size
+        size = self.facts.vocab_size
         numbers: dict[int, int] = {}
         for end, number in sorted(ends.items(), key=operator.itemgetter(1)):
             try:
@@ -289,7 +290,7 @@ class RequestBuilder:
         from_end = any(one.counts_from_end for one in kept) and generate > 1
         most = [n + max(0, generate - 1) for n in map(len, prompts)]  # what is fed, unless the text ends before
         return CaptureSpec(
-            blocks=parse_layers(layers, self.architecture.n_blocks),
+            blocks=parse_layers(layers, self.facts.n_blocks),
             sites=_site_names(sites),
             positions=() if from_end else tuple(one.of(n) for one, n in zip(kept, most, strict=False)),
             from_end=kept if from_end else (),
@@ -344,7 +345,7 @@ class RequestBuilder:
 
     def answered(self, prompt: str | Conversation, answers: Sequence[str], *, chat: Chat) -> AnsweredPrompt:
         """A prompt with its answers as token ids."""
-        size = self.architecture.vocab_size
+        size = self.facts.vocab_size
         return encode_answers(self.tokenizer, prompt, answers, chat=chat, vocab_size=size, room=self.context)
 
     def fit(
@@ -385,12 +386,12 @@ class RequestBuilder:
     def fed(self, prompt: OnePrompt, *, chat: Chat, generate: int = 0) -> FedPrompt:
         """One prompt as it is fed, with room for what is generated."""
         room = None if self.context is None else max(0, self.context - generate)
-        size = self.architecture.vocab_size
+        size = self.facts.vocab_size
         return encode_prompt(self.tokenizer, prompt, chat=chat, vocab_size=size, room=room)
 
     def _beginning(self, text: str | list[int], longest: int) -> Ids:
         """At most so many token ids of a text."""
-        size = self.architecture.vocab_size
+        size = self.facts.vocab_size
         return encode(self.tokenizer, text, vocab_size=size, room=None, longest=longest)
 
 

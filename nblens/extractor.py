@@ -71,7 +71,7 @@ class Extractor:
         check_name(name)
         usual = Steer(name, write=write, op=op)
         check_op(name, site, op)
-        n_blocks = self.build.architecture.n_blocks
+        n_blocks = self.build.facts.n_blocks
         blocks = None if layers is None else parse_layers(layers, n_blocks)
         spec = self._spec(pairs, method=method, site=site, read=read, chat=chat)
         event = self._extract(spec, f"vector {name}", progress)
@@ -233,7 +233,7 @@ class Extractor:
         tokenizer, room = self.build.tokenizer, self.build.context
         opening = opening_of(tokenizer, prompt, chat)
         whole = tokenize(tokenizer, opening.text + continued(answer, opening.text), special=False, most=room)
-        check_ids(whole.ids, self.build.architecture.vocab_size, room, tokenizer, whole=whole.whole)
+        check_ids(whole.ids, self.build.facts.vocab_size, room, tokenizer, whole=whole.whole)
         return FedPrompt(whole.ids, turns_among(whole, opening.spans))
 
 

@@ -101,6 +101,7 @@ class Session:
         renew: Callable[[Backend], Renewed | None] | None = None,
     ) -> None:
         self._model, self._renew = model, renew
+        self._architecture: Architecture | ModelFacts | None = architecture
         self._renewing = threading.Lock()
         self.tokenizer = tokenizer
         self.placement = placement
@@ -111,10 +112,11 @@ class Session:
         self.neutral_texts: Sequence[str] = NEUTRAL_TEXTS
         """what `steerability` measures KL and perplexity on: texts that steering should leave alone"""
         self._measured: dict[str, tuple[SteeringVector, SteerabilityReport]] = {}
-        build = RequestBuilder(architecture, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
+        facts = architecture if isinstance(architecture, ModelFacts) else architecture.facts
+        build = RequestBuilder(facts, tokenizer, context_of(config), self.lenses, self.vectors, self.steer)
         self._texts = TokenTexts(tokenizer)
         self._origin = Circumstances(revision=placement.revision, dtype=placement.dtype)
-        client = Client(backend, self.lenses, _results(architecture, placement.model, self._texts, self._origin))
+        client = Client(backend, self.lenses, _results(facts, placement.model, self._texts, self._origin))
         self._inside: tuple[RequestBuilder, Client] | None = build, client
         # a session that nobody holds any more frees its model at once, so nothing that it holds may hold it
         self._end = weakref.finalize(self, client.close)
@@ -139,7 +141,9 @@ class Session:
     @property
     def architecture(self) -> Architecture | ModelFacts:
         """The parts that were found of the model, or of one that is spread over processes its sizes alone."""
-        return inside(self)[0].architecture
+        inside(self)
+        assert self._architecture is not None  # else it was unloaded
+        return self._architecture
 
     @property
     def backend(self) -> Backend | None:
@@ -149,7 +153,8 @@ class Session:
     def unload(self) -> None:
         """Stop what runs, free the model, and end this session."""
         # first let go, then wait for what runs: Ctrl-C may end the wait, and must not leave half a session
-        backend, self._inside, self._model, self._renew = self.backend, None, None, None
+        backend, self._inside = self.backend, None
+        self._model = self._renew = self._architecture = None
         if backend is not None:
             self._end.detach()
             backend.close()
@@ -712,7 +717,7 @@ class Session:
             events, interrupted = client.events(spec, watch)
         event, lens = finished(events), None
         if isinstance(event, FitFinished) and event.weights:
-            lens = fitted_lens(name, spec, event, self.placement.model, build.architecture.n_blocks)
+            lens = fitted_lens(name, spec, event, self.placement.model, build.facts.n_blocks)
         if interrupted or event.cancelled or lens is None:
             raise Interrupted(f"the fit was stopped; no lens {name!r} was kept", lens)
         self.lenses[name] = lens
@@ -892,9 +897,10 @@ def inside(session: Session) -> tuple[RequestBuilder, Client]:
             raise NoModelError("this session was unloaded; run %load_sharded (or nblens.load()) again")
         build, client = session._inside
         if session._renew is not None and (renewed := session._renew(client.backend)) is not None:
-            build = replace(build, architecture=renewed.architecture)
+            session._architecture = renewed.architecture
+            build = replace(build, facts=renewed.architecture.facts)
             client.renew(
-                renewed.backend, _results(build.architecture, session.placement.model, session._texts, session._origin)
+                renewed.backend, _results(build.facts, session.placement.model, session._texts, session._origin)
             )
             session._inside = build, client
             warn_caller(f"{renewed.what}: the model was proven anew")
@@ -907,8 +913,6 @@ def _send(session: Session | None, coefficients: Coefficients) -> None:
         backend.steer({live_name(key): coefficient for key, coefficient in coefficients.items()})
 
 
-def _results(
-    architecture: Architecture | ModelFacts, model: str, texts: TokenTexts, origin: Circumstances
-) -> Callable[[RunSpec], RunResult]:
+def _results(facts: ModelFacts, model: str, texts: TokenTexts, origin: Circumstances) -> Callable[[RunSpec], RunResult]:
     """What gathers what a request gives."""
-    return lambda spec: RunResult(spec, architecture, model, texts, texts.bytes_of, origin)
+    return lambda spec: RunResult(spec, facts, model, texts, texts.bytes_of, origin)

@@ -18,8 +18,9 @@ from nblens.model.architecture import Architecture
 from nblens.model.generation import Batch
 from nblens.model.hooks import hidden_of
 from nblens.specs import SteeringWrite
+from nblens.steering.operations import REST
 
-__all__ = ["can_skip", "highest_unwritten", "outputs_of", "skipping"]
+__all__ = ["acts", "can_skip", "highest_unwritten", "outputs_of", "skipping"]
 
 _AFTER_A_BLOCK = "resid_post"
 _PROOF_ROWS = ((3, 5, 4, 6), (6, 4, 3))  # ids that every vocabulary has
@@ -29,10 +30,16 @@ def highest_unwritten(writes: Iterable[SteeringWrite], setting: int, n_blocks: i
     """The last block whose own computation nothing changes under a setting; -1: there is none."""
     first = n_blocks - 1
     for write in writes:
-        if write.coefficients[setting] is not None:
+        if acts(write, setting):
             lowest = min(write.directions)
             first = min(first, lowest if write.site == _AFTER_A_BLOCK else lowest - 1)
     return first
+
+
+def acts(write: SteeringWrite, setting: int) -> bool:
+    """Tell whether a vector does anything under a setting."""
+    coefficient = write.coefficients[setting]
+    return coefficient is not None and coefficient != REST[write.op]
 
 
 def outputs_of(runner: Runner, batch: Batch, blocks: Sequence[int], control: Control) -> dict[int, Any]:

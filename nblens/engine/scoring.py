@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nblens.engine.control import Control, Emit, Listening
-from nblens.engine.lower_blocks import can_skip, highest_unwritten, outputs_of, skipping
+from nblens.engine.lower_blocks import acts, can_skip, highest_unwritten, outputs_of, skipping
 from nblens.engine.memory import is_out_of_memory, out_of_memory
 from nblens.engine.numerics import located
 from nblens.engine.runner import Runner
@@ -202,7 +202,7 @@ class Scoring:
         writes = []
         for write in self._writes:
             coefficients = tuple(write.coefficients[setting] for setting in settings)
-            if any(c is not None for c in coefficients):
+            if any(acts(write, setting) for setting in settings):
                 writes.append(replace(write, coefficients=coefficients * n_texts))
         return writes
 

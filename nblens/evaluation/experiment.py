@@ -148,8 +148,8 @@ class Evaluation:
         self, own: EncodedSamples, blocks: Sequence[int], *, n_kinds: int, choosing: Sequence[EncodedSamples] = ()
     ) -> Evaluation:
         """The same with its number of controls settled; how long it will take is told."""
-        architecture = self.extractor.build.architecture
-        size, n_controlled = (architecture.n_blocks, architecture.d_model), min(len(own.encoded), _N_CONTROL_SAMPLES)
+        facts = self.extractor.build.facts
+        size, n_controlled = (facts.n_blocks, facts.d_model), min(len(own.encoded), _N_CONTROL_SAMPLES)
         quiet = replace(self.scorer, progress=False)
         work = Work.of(quiet, self.how, own, n_controlled, self.neutral_ids(), blocks, choosing, size=size)
         how, seconds = controlled(self.how, work, n_kinds)
@@ -181,7 +181,7 @@ class Evaluation:
 
     @property
     def _n_blocks(self) -> int:
-        return self.extractor.build.architecture.n_blocks
+        return self.extractor.build.facts.n_blocks
 
     def _acting(
         self, name: str, blocks: Sequence[int], extraction: Mapping[str, Any], splits: Sequence[EncodedSamples]

@@ -55,8 +55,10 @@ def runs_of(model, family):
 
 @pytest.mark.parametrize("family", STEERED_FAMILIES)
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post"])
-def test_scores_are_those_of_plain_hooks(family, site):
+@pytest.mark.parametrize("op", ["add", "ablate", "clamp"])
+def test_scores_are_those_of_plain_hooks(family, site, op):
     engine, spec = engine_of(family), by_block(*range(N_BLOCKS), site=site)
+    spec = replace(spec, steering=tuple(replace(one, op=op) for one in spec.steering))
     assert can_skip(engine.runner)
     assert_plain(engine, family, spec, score(engine, spec))
 
@@ -125,5 +127,13 @@ def test_which_block_is_the_last_that_nothing_changes():
         return SteeringWrite("v", site, {block: V, block + 1: V}, strengths)
 
     writes = [at(4, "resid_post", (None, 1.0, None, 1.0)), at(3, "mlp_out", (None, None, 0.0, 1.0))]
-    assert [highest_unwritten(writes, setting, 8) for setting in range(4)] == [7, 4, 2, 2]
+    assert [highest_unwritten(writes, setting, 8) for setting in range(4)] == [7, 4, 7, 2]
     assert highest_unwritten([at(0, "resid_pre", (1.0,))], 0, 8) == -1
+
+
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out", "ln2_out", "resid_mid", "ln1_out"])
+def test_inner_sites_are_scored_alike_with_and_without_it(monkeypatch, site):
+    engine, spec = engine_of("llama"), by_block(0, 1, 2, site=site)
+    skipped = score(engine, spec)
+    monkeypatch.setattr(scoring, "can_skip", lambda *args: False)
+    assert_same_scores(skipped, score(engine, spec), tolerance=2e-6)

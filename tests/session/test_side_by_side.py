@@ -11,7 +11,7 @@ import warnings
 import weakref
 
 import pytest
-from sessions import PROMPT, SECONDS, at_forward, vector_of, workers
+from sessions import PROMPT, SECONDS, TEXT, at_forward, vector_of, workers
 from steered_runs import endless_model, hook_count
 from tiny_models import tiny_model, tiny_tokenizer
 
@@ -221,3 +221,28 @@ def test_a_session_in_a_fork_says_what_to_do(attach, used):
     assert told.startswith(f"this session belongs to process {os.getpid()}, of which this one is a fork")
     assert told.endswith('load the model here, best in a process that multiprocessing starts by "spawn"')
     assert len(session.generate(PROMPT, 2).token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    "fails",
+    [
+        lambda session: session.extract("w", [("the cat", "")]),
+        lambda session: session.lens(TEXT, layers=99),
+        lambda session: session.steerability("v", [], [0, 1]),
+        lambda session: session.generate(TEXT, 2, steer={"nobody": 1.0}),
+    ],
+    ids=["extract", "lens", "steerability", "generate"],
+)
+def test_the_traceback_of_an_error_holds_no_model_that_was_unloaded(attach, fails):
+    """A notebook keeps the last one until the next."""
+    model = endless_model("llama")
+    weight = weakref.ref(model.lm_head.weight)
+    session = attach(model)
+    session.vectors["v"] = vector_of()
+    with pytest.raises(UserError) as caught:
+        fails(session)
+    session.unload()
+    del model
+    gc.collect()
+    assert caught.value.__traceback__ is not None
+    assert weight() is None
