@@ -398,7 +398,7 @@ def _check_adapter(spread: bool, offload_dir: str | None) -> None:
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{name} is a number of processes, 1 or more; got {shown(value)}")
+            raise UserError(f"{name} must be a whole number of ranks from 1 on, got {shown(value)}")
 
 
 def _is_spread(session: Session | None) -> bool:

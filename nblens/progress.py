@@ -19,8 +19,8 @@ Send = Callable[[Request, Take], tuple[Sequence[Event], bool]]
 
 
 @contextmanager
-def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterator[Take]:
-    """Show a request's events as a bar, where there is a second of them or more.
+def progress_bar(title: str, *, shown: bool, total: int | None = None, delay: float = 2) -> Iterator[Take]:
+    """Show a request's events as a bar, where there are more than `delay` seconds of them.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def progress_bar(title: str, *, shown: bool, total: int | None = None) -> Iterat
         if not bars:
             n_steps = total if isinstance(event, Scores) else event.n_steps
             options = {} if shown else {"disable": True}  # else as TQDM_DISABLE says
-            bars.append(tqdm(total=n_steps, desc=title, delay=1, leave=False, **options))
+            bars.append(tqdm(total=n_steps, desc=title, delay=delay, leave=False, **options))
         if isinstance(event, Progress) and event.kl is not None:
             bars[0].set_postfix_str(f"KL {event.kl:.3f}", refresh=False)
         bars[0].update()

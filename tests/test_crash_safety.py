@@ -36,7 +36,7 @@ def saves():
     trajectory = made_up(3, 20)
 
     def figure(path):
-        _writer(Namespace(save=str(path), metric="prob", compare=False, sites="resid_post"))(trajectory)
+        _writer(str(path), Namespace(metric="prob", compare=False, sites="resid_post"))(trajectory)
 
     def activations(path):
         session = nblens.attach(endless_model("llama"), tiny_tokenizer())

@@ -160,7 +160,7 @@ class Scorer:
         return sample.prompt[n_out:], tuple(turns)
 
     def _score(self, spec: ScoringSpec, what: str) -> list[Scores]:
-        with progress_bar(what, shown=self.progress, total=len(spec.texts)) as watch:
+        with progress_bar(what, shown=self.progress, total=len(spec.texts), delay=1) as watch:
             return [event for event in self._events(spec, watch) if isinstance(event, Scores)]
 
     def _events(self, spec: RunSpec | ScoringSpec, watch: Take = lambda event: None) -> Sequence[Event]:

@@ -190,7 +190,7 @@ def test_what_it_cannot_be_put_on_is_refused(base, adapter, options):
 @pytest.mark.parametrize("options", [{"tp": "x"}, {"pp": 0}, {"ep": 1.5}, {"tp": True}])
 def test_numbers_of_ranks_are_checked_before_anything(base, options):
     (name,) = options
-    with pytest.raises(UserError, match=f"{name} is a number of processes, 1 or more; got"):
+    with pytest.raises(UserError, match=f"{name} must be a whole number of ranks from 1 on, got"):
         nblens.load(base, **options)
 
 
